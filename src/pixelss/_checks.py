@@ -1,0 +1,77 @@
+"""Argument checks whose messages carry every fact: the argument, what it must be, what it was, the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(
+    name: str,
+    value: Tensor,
+    axes: str,
+    *,
+    kind: str = "floating",
+    like: Tensor | None = None,
+    hint: str = "",
+    **sizes: int,
+) -> tuple[int, ...]:
+    """Raise unless `value` is a tensor with one dimension per letter of `axes`; returns its shape.
+
+    Args:
+        name: the argument's name, for the message.
+        value: the tensor to check.
+        axes: one letter a dimension, as in the notation table; only "B" and "P" may have size 0.
+        kind: "floating", "integer" (no bool), "bool" or "any".
+        like: a tensor whose device `value` must share.
+        hint: the likely fix, added to the message.
+        **sizes: the size that a letter of `axes` must have.
+
+    Raises:
+        TypeError: `value` is no tensor, or its dtype is not of `kind`.
+        ValueError: its rank, a size or its device is wrong.
+    """
+    fix = f" {hint}" if hint else ""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, but is a {type(value).__name__}.{fix}")
+    expected = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in axes)
+    if value.ndim != len(axes):
+        raise ValueError(f"{name} must have shape ({expected}), but has shape {tuple(value.shape)}.{fix}")
+    for axis, size in zip(axes, value.shape, strict=True):
+        if size != sizes.get(axis, size) or (size == 0 and axis not in "BP"):
+            raise ValueError(f"{name} must have shape ({expected}), but has shape {tuple(value.shape)}: {axis} is {size}.{fix}")
+    if not _is_kind(value.dtype, kind):
+        raise TypeError(f"{name} must be of {kind} dtype, but is {value.dtype}.{fix}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} must lie on {like.device}, but lies on {value.device}: move one of them.{fix}")
+    return tuple(value.shape)
+
+
+def _is_kind(dtype: torch.dtype, kind: str) -> bool:
+    integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    return {"floating": dtype.is_floating_point, "integer": integer, "bool": dtype == torch.bool, "any": True}[kind]
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but is {value!r}.")
+
+
+def check_number(name: str, value: float, *, low: float = float("-inf"), high: float = float("inf"), hint: str = "") -> None:
+    """Raise unless `value` is a number with low <= value <= high (NaN fails)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, but is a {type(value).__name__}.")
+    if not low <= value <= high:
+        fix = f" {hint}" if hint else ""
+        raise ValueError(f"{name} must be between {low} and {high}, but is {value}.{fix}")
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, but is a {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, but is {value}.")
