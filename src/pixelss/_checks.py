@@ -41,17 +41,40 @@ def check_tensor(
         raise ValueError(f"{name} must have shape ({expected}), but has shape {tuple(value.shape)}.{fix}")
     for axis, size in zip(axes, value.shape, strict=True):
         if size != sizes.get(axis, size) or (size == 0 and axis not in "BP"):
-            raise ValueError(f"{name} must have shape ({expected}), but has shape {tuple(value.shape)}: {axis} is {size}.{fix}")
+            was = f"has shape {tuple(value.shape)}: {axis} is {size}"
+            raise ValueError(f"{name} must have shape ({expected}), but {was}.{fix}")
     if not _is_kind(value.dtype, kind):
         raise TypeError(f"{name} must be of {kind} dtype, but is {value.dtype}.{fix}")
     if like is not None and value.device != like.device:
-        raise ValueError(f"{name} must lie on {like.device}, but lies on {value.device}: move one of them.{fix}")
+        raise ValueError(f"{name} must lie on {like.device}, but lies on {value.device}.{fix}")
     return tuple(value.shape)
 
 
+def check_cams(
+    name: str,
+    cams: Sequence[Tensor],
+    *,
+    shared: str,
+    like: Tensor | None = None,
+    hint: str = "",
+    **sizes: int,
+) -> Tensor:
+    """Raise unless `cams` holds one or more (B, N, H, W) that agree on the axes `shared`; returns the first."""
+    if not isinstance(cams, (Sequence, Tensor)):
+        raise TypeError(f"{name} must be a sequence of tensors, one a scale, but is a {type(cams).__name__}.")
+    if len(cams) == 0:
+        raise ValueError(f"{name} must hold one tensor a scale, but is empty.")
+    for i, cam in enumerate(cams):
+        shape = check_tensor(f"{name}[{i}]", cam, "BNHW", like=like, hint=hint, **sizes)
+        sizes |= {axis: size for axis, size in zip("BNHW", shape, strict=True) if axis in shared}
+        like = cam
+    return cams[0]
+
+
 def _is_kind(dtype: torch.dtype, kind: str) -> bool:
-    integer = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-    return {"floating": dtype.is_floating_point, "integer": integer, "bool": dtype == torch.bool, "any": True}[kind]
+    is_bool, is_floating = dtype == torch.bool, dtype.is_floating_point
+    is_integer = not (is_bool or is_floating or dtype.is_complex)
+    return {"floating": is_floating, "integer": is_integer, "bool": is_bool, "any": True}[kind]
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -60,7 +83,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but is {value!r}.")
 
 
-def check_number(name: str, value: float, *, low: float = float("-inf"), high: float = float("inf"), hint: str = "") -> None:
+def check_number(name: str, value: float, *, low: float, high: float, hint: str = "") -> None:
     """Raise unless `value` is a number with low <= value <= high (NaN fails)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, but is a {type(value).__name__}.")

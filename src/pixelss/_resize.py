@@ -26,8 +26,8 @@ def resize_matrix(source: int, target: int, like: Tensor) -> Tensor:
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize (..., h, w) to (..., H, W), in float32 for half-precision input.
 
-    The numbers are those of `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`; unlike its
-    CUDA backward, this one is deterministic. A non-finite value spreads over its whole map.
+    The numbers are those of `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`; unlike
+    its CUDA backward, this one is deterministic. A non-finite value spreads over its whole map.
     """
     x = promote(x)
     (h, w), (H, W) = x.shape[-2:], size

@@ -1,0 +1,163 @@
+"""Multi-scale attentive loss (Eq. 6-8): the student's CAM of every scale learns from the teacher's of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from pixelss._checks import check_cams, check_choice, check_tensor
+from pixelss._resize import promote
+
+
+def scale_dissimilarity(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return xi of Eq. 6, one minus the cosine plus one: how far a teacher's scale is from a student's.
+
+    xi_ij = 2 - cos(A_i^F, A_j^G) over the pixels: in [1, 2] for non-negative CAMs, 2 where a map is all zeros.
+
+    Args:
+        student: the student's normalised CAMs of the P present pairs at S scales.
+        teacher: the teacher's at R scales.
+
+    Shape:
+        (S, P, H, W), (R, P, H, W) -> (P, S, R); float32 for half-precision input.
+
+    Raises:
+        TypeError, ValueError: arguments of another rank, size, dtype kind or device.
+
+    Reference:
+        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
+        Eq. 6.
+
+    Example:
+        >>> cam = torch.rand(3, 5, 8, 8)
+        >>> torch.allclose(scale_dissimilarity(cam, cam).diagonal(dim1=1, dim2=2), torch.ones(5, 3))
+        True
+    """
+    _, P, H, W = check_tensor("student", student, "SPHW")
+    check_tensor("teacher", teacher, "RPHW", like=student, P=P, H=H, W=W)
+    with torch.autocast(student.device.type, enabled=False):
+        s, r = (normalize(promote(cam).flatten(2), dim=-1).transpose(0, 1) for cam in (student, teacher))
+        return 2 - s @ r.mT
+
+
+@torch.no_grad()
+def attentive_target(student: Tensor, teacher: Tensor, *, attentive: bool = True) -> Tensor:
+    """Return the target of Eq. 7 for every student scale: 1/R sum_j xi_ij A_j^G, without gradient.
+
+    Args:
+        student: the student's normalised CAMs of the P present pairs at S scales.
+        teacher: the teacher's at R scales.
+        attentive: False sets xi = 1, the plain mean of the teacher's CAMs (MMM of Table 1).
+
+    Shape:
+        (S, P, H, W), (R, P, H, W) -> (S, P, H, W) in [0, 2]; not clamped, as printed.
+
+    Raises:
+        TypeError, ValueError: as `scale_dissimilarity`.
+
+    Reference:
+        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
+        Eq. 7.
+
+    Example:
+        >>> teacher = torch.tensor([0.2, 0.4]).reshape(2, 1, 1, 1)
+        >>> attentive_target(torch.ones(1, 1, 1, 1), teacher, attentive=False).flatten()
+        tensor([0.3000])
+    """
+    xi = scale_dissimilarity(student, teacher)
+    if not attentive:
+        xi = torch.ones_like(xi)
+    with torch.autocast(student.device.type, enabled=False):
+        return torch.einsum("psr,rphw->sphw", xi, promote(teacher)) / len(teacher)
+
+
+def multi_scale_attentive_loss(
+    student_cams: Sequence[Tensor],
+    teacher_cams: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    attentive: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return Eq. 8: the L1 distance of the student's CAMs to their `attentive_target`, summed over its scales.
+
+    Only the present (image, class) pairs are ever touched. They are gathered once, which waits for the device
+    unless `labels` lie on the CPU. The target carries no gradient. Table 1's ablations are settings: MAM as it
+    is; MMM with `attentive=False`; SMM with one student scale besides.
+
+    Args:
+        student_cams: normalised CAMs, one tensor a student scale, all of one size.
+        teacher_cams: the teacher's, one a teacher scale; a non-finite value counts as no activation.
+        labels: image tags, multi-hot of any dtype, on the CAMs' device or on the CPU.
+        attentive: False weighs every teacher scale alike.
+        reduction: "mean" over (present pair, pixel), or "sum" (as printed).
+
+    Shape:
+        S and R tensors (B, N, H, W), (B, N) -> scalar; zero on the graph where no pair is present.
+
+    Raises:
+        TypeError, ValueError: empty sequences, arguments of another rank, size, dtype kind or device.
+
+    Reference:
+        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
+        Eq. 6-8.
+
+    Example:
+        >>> student = [torch.rand(2, 3, 8, 8, requires_grad=True) for _ in range(3)]
+        >>> teacher = [torch.rand(2, 3, 8, 8) for _ in range(3)]
+        >>> loss = multi_scale_attentive_loss(student, teacher, torch.tensor([[1, 0, 0], [0, 1, 1]]))
+        >>> loss.backward()
+        >>> student[0].grad.abs().amax((-2, -1)) > 0
+        tensor([[ True, False, False],
+                [False,  True,  True]])
+    """
+    check_choice("reduction", reduction, ("mean", "sum"))
+    first = check_cams("student_cams", student_cams, shared="BNHW")
+    B, N, H, W = first.shape
+    check_cams("teacher_cams", teacher_cams, shared="BNHW", like=first, B=B, N=N, H=H, W=W)
+    check_tensor("labels", labels, "BN", kind="any", B=B, N=N)
+    present = (labels > 0).flatten().nonzero().flatten().to(first.device, non_blocking=True)
+    student, teacher = (
+        torch.stack([promote(cam).flatten(0, 1)[present] for cam in cams]).nan_to_num(0, 0, 0)
+        for cams in (student_cams, teacher_cams)
+    )
+    loss = (student - attentive_target(student, teacher, attentive=attentive)).abs().sum()
+    return loss if reduction == "sum" else loss / max(1, len(present) * H * W)
+
+
+class MultiScaleAttentiveLoss(nn.Module):
+    """`multi_scale_attentive_loss` with its settings.
+
+    Args:
+        attentive: False weighs every teacher scale alike (MMM and SMM of Table 1).
+        reduction: "mean" or "sum".
+
+    Shape:
+        S and R tensors (B, N, H, W), (B, N) -> scalar.
+
+    Raises:
+        TypeError, ValueError: as `multi_scale_attentive_loss`.
+
+    Example:
+        >>> mal = MultiScaleAttentiveLoss()
+        >>> cams = [torch.rand(2, 20, 16, 16)]
+        >>> mal(cams, cams, torch.ones(2, 20)).item() < 1e-6
+        True
+    """
+
+    def __init__(self, *, attentive: bool = True, reduction: str = "mean") -> None:
+        super().__init__()
+        self.attentive, self.reduction = attentive, reduction
+
+    def forward(self, student_cams: Sequence[Tensor], teacher_cams: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """Return the loss of the student's normalised CAMs against the teacher's."""
+        return multi_scale_attentive_loss(
+            student_cams, teacher_cams, labels, attentive=self.attentive, reduction=self.reduction
+        )
+
+    def extra_repr(self) -> str:
+        """Return the settings for the module's repr."""
+        return f"attentive={self.attentive}, reduction={self.reduction!r}"

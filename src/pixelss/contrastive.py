@@ -1,0 +1,163 @@
+"""Regional contrastive loss (Eq. 4-5): pull every pixel to the prototype of its class, away from the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from pixelss._checks import check_choice, check_number, check_tensor
+from pixelss._resize import promote, resize, resize_matrix
+
+
+def regional_contrastive_loss(
+    features: Tensor,
+    mask: Tensor,
+    prototypes: Tensor,
+    *,
+    filled: Tensor | None = None,
+    temperature: float = 0.5,
+    form: str = "infonce",
+    reduction: str = "mean",
+    ignore_index: int = 255,
+) -> Tensor:
+    """Return the regional contrastive loss of Eq. 4-5, exact at the mask's resolution.
+
+    z_pk = <x_p, pt_k> / T with both L2-normalised, where x_p is the feature map bilinearly resized to the mask's
+    size. No resized feature is ever stored: the products are resized instead of the features, and |x_p|^2 is
+    a weighted sum of inner products of neighbouring cells. A pixel with |x_p|^2 <= eps^2 (eps of the dtype) has
+    z = 0 and no gradient. Float32 agrees with the literal way to 1e-5 for features >= 0, as `CAMHead` gives.
+
+    Args:
+        features: the student's pixel features X, of any size against the mask's.
+        mask: class region mask in 0..N; `ignore_index`, values out of range and classes not `filled` are void.
+        prototypes: one row a class, as `PrototypeBank.prototypes`.
+        filled: the rows that exist, as `PrototypeBank.filled`; the others leave the denominator. None: all.
+        temperature: T > 0.
+        form: "infonce" for -log softmax, "ratio" for -softmax (Eq. 5 as printed: bounded, robust to noise).
+        reduction: "mean" over the valid pixels, "sum" (as printed) or "none".
+        ignore_index: the mask's void value.
+
+    Shape:
+        (B, D, h, w), (B, H, W), (K, D), (K,) -> scalar, or (B, H, W) for "none", with zeros at void pixels.
+
+    Raises:
+        TypeError, ValueError: arguments of another rank, size, dtype kind or device; a setting out of range.
+
+    Reference:
+        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
+        Eq. 4-5.
+
+    Example:
+        >>> features, prototypes = torch.rand(2, 256, 24, 24, requires_grad=True), torch.rand(21, 256)
+        >>> mask = torch.randint(0, 21, (2, 192, 192))
+        >>> regional_contrastive_loss(features, mask, prototypes).backward()
+        >>> features.grad.shape
+        torch.Size([2, 256, 24, 24])
+    """
+    B, D, _, _ = check_tensor("features", features, "BDhw")
+    _, H, W = check_tensor("mask", mask, "BHW", kind="integer", like=features, B=B)
+    hint = "One row a class (background first), as wide as the features."
+    K, _ = check_tensor("prototypes", prototypes, "KD", like=features, hint=hint, D=D)
+    check_number("temperature", temperature, low=torch.finfo(torch.float32).eps, high=float("inf"))
+    check_choice("form", form, ("infonce", "ratio"))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if filled is None:
+        filled = torch.ones(K, dtype=torch.bool, device=features.device)
+    check_tensor("filled", filled, "K", kind="bool", like=features, K=K)
+
+    dtype = torch.promote_types(promote(features).dtype, promote(prototypes).dtype)
+    features, prototypes = features.to(dtype), normalize(prototypes.to(dtype), dim=1)
+    with torch.autocast(features.device.type, enabled=False):
+        products = torch.einsum("bdhw,kd->bkhw", features, prototypes)
+    square = _resized_square_norm(features, (H, W))[:, None]
+    alive = square > torch.finfo(dtype).eps ** 2
+    scale = torch.where(alive, torch.where(alive, square, 1).rsqrt(), 0) / temperature
+    absent = features.new_zeros(K, 1, 1).masked_fill(~filled[:, None, None], torch.finfo(dtype).min)
+    z = torch.addcmul(absent, resize(products, (H, W)), scale)
+
+    label = mask.long()
+    valid = (label != ignore_index) & (label >= 0) & (label < K)
+    label = label.where(valid, 0)
+    valid = valid & filled[label]
+    log_p = z.log_softmax(1).gather(1, label[:, None]).squeeze(1)
+    loss = (-log_p if form == "infonce" else -log_p.exp()).where(valid, 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum().clamp(min=1)
+
+
+def _resized_square_norm(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return |x_p|^2 (B, H, W) of x (B, D, h, w) bilinearly resized to `size`.
+
+    With the row weights a_0, a_1 and the column weights b_0, b_1 of pixel p, the square of the interpolated
+    feature is a sum over pairs of its four cells. The pairs make a grid of (2h - 1) x (2w - 1) inner products
+    (cell with itself, with its right neighbour; with the one below, mean of the two diagonals), and their
+    weights factor into rows and columns.
+    """
+    right, down = x[..., :, :-1] * x[..., :, 1:], x[..., :-1, :] * x[..., 1:, :]
+    diagonals = x[..., :-1, :-1] * x[..., 1:, 1:] + x[..., :-1, 1:] * x[..., 1:, :-1]
+    top = torch.cat([x.square().sum(1), right.sum(1)], dim=-1)
+    bottom = torch.cat([down.sum(1), diagonals.sum(1) / 2], dim=-1)
+    products = torch.cat([top, bottom], dim=-2)
+    rows, columns = (
+        torch.cat([weights.square(), 2 * weights[:, :-1] * weights[:, 1:]], dim=1)
+        for weights in (resize_matrix(x.shape[-2], size[0], x), resize_matrix(x.shape[-1], size[1], x))
+    )
+    with torch.autocast(x.device.type, enabled=False):
+        return rows @ products @ columns.mT
+
+
+class RegionalContrastiveLoss(nn.Module):
+    """`regional_contrastive_loss` with its settings.
+
+    Args:
+        temperature: T > 0.
+        form: "infonce" or "ratio".
+        reduction: "mean", "sum" or "none".
+        ignore_index: the mask's void value.
+
+    Shape:
+        (B, D, h, w), (B, H, W), (K, D), (K,) -> scalar, or (B, H, W) for "none".
+
+    Raises:
+        TypeError, ValueError: as `regional_contrastive_loss`.
+
+    Example:
+        >>> rcl = RegionalContrastiveLoss(form="ratio")
+        >>> mask = torch.randint(0, 21, (2, 64, 64))
+        >>> rcl(torch.rand(2, 256, 8, 8), mask, torch.rand(21, 256), torch.ones(21, dtype=torch.bool)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        *,
+        form: str = "infonce",
+        reduction: str = "mean",
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        self.temperature, self.form = temperature, form
+        self.reduction, self.ignore_index = reduction, ignore_index
+
+    def forward(self, features: Tensor, mask: Tensor, prototypes: Tensor, filled: Tensor | None = None) -> Tensor:
+        """Return the loss of student features under a mask, against a bank's prototypes."""
+        return regional_contrastive_loss(
+            features,
+            mask,
+            prototypes,
+            filled=filled,
+            temperature=self.temperature,
+            form=self.form,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the settings for the module's repr."""
+        return (
+            f"temperature={self.temperature}, form={self.form!r}, reduction={self.reduction!r}, "
+            f"ignore_index={self.ignore_index}"
+        )

@@ -1,0 +1,125 @@
+"""Prototypes (Eq. 3): the mean feature of every class region, kept in a bank from batch to batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pixelss._checks import check_count, check_tensor
+from pixelss._distributed import sum_over_processes
+from pixelss._resize import promote, resize_matrix
+
+
+def class_prototypes(
+    features: Tensor, mask: Tensor, num_classes: int, *, ignore_index: int = 255
+) -> tuple[Tensor, Tensor]:
+    """Return each image's mean feature over every class region, as if upsampled to the mask's size (Eq. 3).
+
+    Nothing is upsampled: the mean is linear in the features, so the one-hot mask is pulled back through the
+    transpose of the bilinear resize and contracted with the features at their own size. The result is exact.
+
+    Args:
+        features: pixel features X, of any size against the mask's.
+        mask: label map in 0..N; `ignore_index` and values out of range belong to no region.
+        num_classes: foreground classes N; K = N + 1.
+        ignore_index: the mask's void value.
+
+    Shape:
+        (B, D, h, w), (B, H, W) -> prototypes (B, K, D), zero for an empty region, and pixel counts (B, K);
+        float32 for half-precision features.
+
+    Raises:
+        TypeError, ValueError: arguments of another rank, size, dtype kind or device.
+
+    Reference:
+        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
+        Eq. 3; the paper prints a sum and says "averaging".
+
+    Example:
+        >>> features = torch.tensor([[[[1.0, 3.0]]]])
+        >>> prototypes, counts = class_prototypes(features, torch.tensor([[[0, 1]]]), num_classes=1)
+        >>> prototypes.squeeze(), counts.squeeze()
+        (tensor([1., 3.]), tensor([1., 1.]))
+    """
+    B, _, h, w = check_tensor("features", features, "BDhw")
+    _, H, W = check_tensor("mask", mask, "BHW", kind="integer", like=features, B=B)
+    check_count("num_classes", num_classes)
+    features = promote(features)
+    classes = torch.arange(num_classes + 1, device=mask.device)[:, None, None]
+    region = (mask[:, None] == classes) & (mask != ignore_index)[:, None]
+    with torch.autocast(features.device.type, enabled=False):
+        weights = region.to(features.dtype)
+        if w != W:
+            weights = weights @ resize_matrix(w, W, features)
+        if h != H:
+            weights = resize_matrix(h, H, features).mT @ weights
+        counts = region.sum((-2, -1))
+        sums = weights.flatten(2) @ features.flatten(2).mT
+    return sums / counts.clamp(min=1)[:, :, None], counts.to(features.dtype)
+
+
+class PrototypeBank(nn.Module):
+    """The latest prototype of every class: mean over the batch's images of their `class_prototypes`.
+
+    A class without a pixel in the global batch keeps its row; so does one whose new row is not finite. Across
+    processes the sums and image counts are reduced, then divided, so every process holds the same bank.
+
+    Args:
+        num_classes: foreground classes N; K = N + 1 rows.
+        dim: feature channels D.
+        ignore_index: the mask's void value.
+
+    Attributes:
+        prototypes: (K, D), unnormalised.
+        filled: (K,) bool, False until the class was seen once.
+
+    Raises:
+        TypeError, ValueError: as `class_prototypes`; features whose channels are not `dim`.
+
+    Reference:
+        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
+        section 3.3.
+
+    Example:
+        >>> bank = PrototypeBank(num_classes=20, dim=256)
+        >>> bank.update(torch.rand(4, 256, 24, 24), torch.randint(0, 3, (4, 192, 192)))
+        >>> bank.filled.nonzero().flatten()
+        tensor([0, 1, 2])
+    """
+
+    prototypes: Tensor
+    filled: Tensor
+
+    def __init__(self, num_classes: int, dim: int = 256, *, ignore_index: int = 255) -> None:
+        super().__init__()
+        check_count("num_classes", num_classes)
+        check_count("dim", dim)
+        self.num_classes, self.dim, self.ignore_index = num_classes, dim, ignore_index
+        self.register_buffer("prototypes", torch.zeros(num_classes + 1, dim))
+        self.register_buffer("filled", torch.zeros(num_classes + 1, dtype=torch.bool))
+
+    @torch.no_grad()
+    def update(self, features: Tensor, mask: Tensor) -> None:
+        """Replace the rows of the classes seen in features (B, D, h, w) under mask (B, H, W).
+
+        Every process must call it, with an empty batch too.
+        """
+        hint = "dim must be the number of feature channels."
+        check_tensor("features", features, "BDhw", like=self.prototypes, hint=hint, D=self.dim)
+        rows, pixels = class_prototypes(features, mask, self.num_classes, ignore_index=self.ignore_index)
+        images = (pixels > 0).to(rows.dtype)
+        total = sum_over_processes(torch.cat([rows.sum(0), images.sum(0)[:, None]], dim=1))
+        sums, images = total[:, :-1], total[:, -1:]
+        rows = sums / images.clamp(min=1)
+        seen = (images > 0) & rows.isfinite().all(1, keepdim=True)
+        self.prototypes.copy_(torch.where(seen, rows, self.prototypes))
+        self.filled.logical_or_(seen[:, 0])
+
+    def reset(self) -> None:
+        """Forget every class."""
+        self.prototypes.zero_()
+        self.filled.zero_()
+
+    def extra_repr(self) -> str:
+        """Return the settings for the module's repr."""
+        return f"num_classes={self.num_classes}, dim={self.dim}, ignore_index={self.ignore_index}"
