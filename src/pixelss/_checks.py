@@ -65,7 +65,7 @@ def check_cams(
     if len(cams) == 0:
         raise ValueError(f"{name} must hold one tensor a scale, but is empty.")
     for i, cam in enumerate(cams):
-        shape = check_tensor(f"{name}[{i}]", cam, "BNHW", like=like, hint=hint, **sizes)
+        shape = check_tensor(f"{name}[{i}]", cam, "BNHW", kind="floating", like=like, hint=hint, **sizes)
         sizes |= {axis: size for axis, size in zip("BNHW", shape, strict=True) if axis in shared}
         like = cam
     return cams[0]

@@ -44,7 +44,7 @@ def class_prototypes(
     B, _, h, w = check_tensor("features", features, "BDhw")
     _, H, W = check_tensor("mask", mask, "BHW", kind="integer", like=features, B=B)
     check_count("num_classes", num_classes)
-    features = promote(features)
+    features, mask = promote(features), mask.long()
     classes = torch.arange(num_classes + 1, device=mask.device)[:, None, None]
     region = (mask[:, None] == classes) & (mask != ignore_index)[:, None]
     with torch.autocast(features.device.type, enabled=False):

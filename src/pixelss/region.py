@@ -106,7 +106,7 @@ def direct_loss(cam: Tensor, mask: Tensor, labels: Tensor, *, ignore_index: int 
     B, N, H, W = check_tensor("cam", cam, "BNHW")
     check_tensor("mask", mask, "BHW", kind="integer", like=cam, B=B, H=H, W=W)
     check_tensor("labels", labels, "BN", kind="any", like=cam, B=B, N=N)
-    cam = promote(cam).nan_to_num(0, 0, 0)
+    cam, mask = promote(cam).nan_to_num(0, 0, 0), mask.long()
     eps = torch.finfo(cam.dtype).eps
     cam = cam.clamp(eps, 1 - eps)
     valid = (mask != ignore_index) & (mask >= 0) & (mask <= N)

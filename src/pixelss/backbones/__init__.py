@@ -1,1 +1,1 @@
-"""Backbones: networks that map images (B, 3, H, W) to features (B, C, h, w) and tell `.out_channels` and `.stride`."""
+"""Backbones: images (B, 3, H, W) to features (B, C, h, w), with `.out_channels` and `.stride`."""

@@ -1,0 +1,255 @@
+"""Scores of label maps and of CAMs against the ground truth, counted over a whole data set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pixelss._checks import check_count, check_number, check_tensor
+from pixelss._distributed import sum_over_processes
+from pixelss._resize import promote
+
+# A CAM in [0, 1] may leave it by the rounding of bfloat16 or of a resize in TF32; a raw one leaves it by more.
+CAM_TOLERANCE = 0.01
+
+DEVICE_HINT = "Inputs lie on the metric's device; .to(device) moves either."
+
+
+class SegmentationScores(NamedTuple):
+    """Scores of one confusion matrix, float64; NaN only where the denominator is 0.
+
+    Attributes:
+        miou: mean of `iou` over the classes where it is not NaN, a scalar.
+        iou: TP / (TP + FP + FN) of every class, (K,); 0 for a class that is predicted but never true.
+        precision: TP / (TP + FP) of every class, (K,).
+        recall: TP / (TP + FN) of every class, (K,).
+    """
+
+    miou: Tensor
+    iou: Tensor
+    precision: Tensor
+    recall: Tensor
+
+
+class SweepScores(NamedTuple):
+    """Scores of a CAM at every threshold, float64, (T,) each; means are over the classes that are not NaN.
+
+    Attributes:
+        thresholds: the thresholds t; foreground is where cam > t.
+        miou: mean IoU over the K classes, background included.
+        precision: mean precision over the K classes.
+        recall: mean recall over the K classes.
+        best: index of the highest `miou`, the lowest index of several.
+    """
+
+    thresholds: Tensor
+    miou: Tensor
+    precision: Tensor
+    recall: Tensor
+    best: int
+
+
+class ConfusionMatrix(nn.Module):
+    """Mean IoU, precision and recall over a data set, from one confusion matrix of pixel counts.
+
+    `update` adds a batch; `compute` sums over the processes and changes nothing, so it may be called at any
+    time, by every process. The state is the buffer `counts`, (K, K) int64: row the target, column the prediction.
+
+    Args:
+        num_classes: K, every class that counts; with a background N + 1.
+        ignore_index: the target's void value; such pixels count nowhere, whatever `pred` holds there.
+
+    Raises:
+        TypeError, ValueError: settings of another type or value; see `update` for its own.
+
+    Reference:
+        Everingham et al., "The PASCAL Visual Object Classes Challenge: A Retrospective", the IoU is of the data
+        set, not a mean over images. Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised
+        Semantic Segmentation", scores CAMs, pseudo-labels and segmentations by its mean.
+
+    Example:
+        >>> metric = ConfusionMatrix(num_classes=3)
+        >>> metric.update(pred=torch.tensor([[[0, 1, 1, 0]]]), target=torch.tensor([[[0, 1, 0, 255]]]))
+        >>> scores = metric.compute()
+        >>> scores.miou, scores.iou
+        (tensor(0.5000, dtype=torch.float64), tensor([0.5000, 0.5000,    nan], dtype=torch.float64))
+    """
+
+    counts: Tensor
+
+    def __init__(self, num_classes: int, *, ignore_index: int = 255) -> None:
+        super().__init__()
+        _check_settings(num_classes, ignore_index)
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.register_buffer("counts", torch.zeros(num_classes, num_classes, dtype=torch.int64))
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        """Count a batch of label maps.
+
+        Args:
+            pred: predicted classes in 0..K-1, of any integer dtype.
+            target: true classes in 0..K-1 or `ignore_index`, of any integer dtype.
+
+        Shape:
+            (B, H, W) each; B may be 0.
+
+        Raises:
+            TypeError, ValueError: tensors of another rank, size, dtype kind or device; a value out of range. The
+                counts are then as they were.
+        """
+        hint = f"Class scores? Take their argmax over the class axis. {DEVICE_HINT}"
+        B, H, W = check_tensor("pred", pred, "BHW", kind="integer", like=self.counts, hint=hint)
+        check_tensor("target", target, "BHW", kind="integer", like=pred, hint=DEVICE_HINT, B=B, H=H, W=W)
+        K = self.num_classes
+        valid, target = _counted_pixels(target, K, self.ignore_index)
+        pred = pred.long()[valid]
+        wanted = f"classes in 0..{K - 1} where target counts"
+        _check_values("pred", pred, (pred >= 0) & (pred < K), wanted, "num_classes counts the background too.")
+        self.counts.add_(torch.bincount(target * K + pred, minlength=K * K).view(K, K))
+
+    def compute(self) -> SegmentationScores:
+        """Return the scores of everything counted so far, over all processes; every process must call it."""
+        return _scores(sum_over_processes(self.counts))
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        self.counts.zero_()
+
+    def extra_repr(self) -> str:
+        """Describe the settings in the module's repr."""
+        return f"num_classes={self.num_classes}, ignore_index={self.ignore_index}"
+
+
+class ThresholdSweep(nn.Module):
+    """Scores of normalised CAMs at every background threshold, in one pass over the data set.
+
+    At a threshold t a pixel belongs to its strongest class where that class's CAM is > t, else to the
+    background; ties go to the lowest class. Thresholds are compared in the CAM's dtype (float32 for half
+    precision), so each row equals a `ConfusionMatrix` fed with `class_region_mask` at that threshold. The state
+    is the buffer `histogram`, (T + 1, K, N) int64: over the number of thresholds below a pixel's strongest CAM,
+    its target and its strongest class. `compute` changes nothing and may be called at any time.
+
+    Args:
+        num_classes: foreground classes N; K = N + 1.
+        thresholds: strictly ascending, each in [0, 1); None stands for 0, 0.01, ..., 0.60.
+        ignore_index: the target's void value; such pixels count nowhere.
+
+    Raises:
+        TypeError, ValueError: settings of another type or value; see `update` for its own.
+
+    Reference:
+        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation": the
+        quality of a CAM is its mean IoU at the best threshold.
+
+    Example:
+        >>> sweep = ThresholdSweep(num_classes=1, thresholds=[0.0, 0.2, 0.4])
+        >>> sweep.update(cam=torch.tensor([[[[1.0, 0.1, 0.0]]]]), target=torch.tensor([[[1, 0, 0]]]))
+        >>> scores = sweep.compute()
+        >>> scores.miou, scores.best
+        (tensor([0.5000, 1.0000, 1.0000], dtype=torch.float64), 1)
+    """
+
+    thresholds: Tensor
+    histogram: Tensor
+
+    def __init__(
+        self, num_classes: int, *, thresholds: Sequence[float] | Tensor | None = None, ignore_index: int = 255
+    ) -> None:
+        super().__init__()
+        _check_settings(num_classes, ignore_index)
+        if thresholds is None:
+            thresholds = torch.arange(61, dtype=torch.float64) / 100
+        values = torch.as_tensor(thresholds, dtype=torch.float64).detach().clone()
+        (T,) = check_tensor("thresholds", values, "T", hint="Give at least one.")
+        if not (bool((values.diff() > 0).all()) and values[0] >= 0 and values[-1] < 1):
+            raise ValueError(
+                f"thresholds must be strictly ascending and each in [0, 1), but are {values.tolist()}. "
+                "Sort them, drop repeated ones, and divide by 100 if they are percentages."
+            )
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.register_buffer("thresholds", values)
+        histogram = torch.zeros(T + 1, num_classes + 1, num_classes, dtype=torch.int64)
+        self.register_buffer("histogram", histogram)
+
+    def update(self, cam: Tensor, target: Tensor) -> None:
+        """Count a batch of CAMs.
+
+        Args:
+            cam: normalised CAMs in [0, 1], up to rounding, of any floating dtype; zero for absent classes.
+            target: true classes in 0..N (0 is the background) or `ignore_index`, of any integer dtype.
+
+        Shape:
+            (B, N, H, W), (B, H, W); B may be 0.
+
+        Raises:
+            TypeError, ValueError: tensors of another rank, size, dtype kind or device; a value out of range or,
+                in `cam`, not finite. The counts are then as they were.
+        """
+        N = self.num_classes
+        B, _, H, W = check_tensor("cam", cam, "BNHW", like=self.histogram, hint=DEVICE_HINT, N=N)
+        hint = f"Resize the CAM to the target's size. {DEVICE_HINT}"
+        check_tensor("target", target, "BHW", kind="integer", like=cam, hint=hint, B=B, H=H, W=W)
+        inside = (cam >= -CAM_TOLERANCE) & (cam <= 1 + CAM_TOLERANCE)
+        _check_values("cam", cam, inside, "finite values in [0, 1]", "Raw CAM? Call normalize_cam first.")
+        valid, target = _counted_pixels(target, N + 1, self.ignore_index)
+        activation, best = (x[valid] for x in cam.detach().max(1))
+        activation = promote(activation)
+        below = torch.searchsorted(self.thresholds.to(activation.dtype), activation)
+        index = (below * (N + 1) + target) * N + best
+        self.histogram.add_(torch.bincount(index, minlength=self.histogram.numel()).view_as(self.histogram))
+
+    def compute(self) -> SweepScores:
+        """Return the scores of everything counted so far, over all processes; every process must call it."""
+        histogram = sum_over_processes(self.histogram)
+        background = histogram.cumsum(0)[:-1]
+        foreground = histogram.sum(0) - background
+        scores = _scores(torch.cat([background.sum(-1, keepdim=True), foreground], -1))
+        precision, recall = scores.precision.nanmean(-1), scores.recall.nanmean(-1)
+        best = int(scores.miou.max(0).indices)
+        return SweepScores(self.thresholds.clone(), scores.miou, precision, recall, best)
+
+    def reset(self) -> None:
+        """Forget everything counted so far; the thresholds stay."""
+        self.histogram.zero_()
+
+    def extra_repr(self) -> str:
+        """Describe the settings in the module's repr."""
+        T = self.thresholds.numel()
+        return f"num_classes={self.num_classes}, thresholds={T}, ignore_index={self.ignore_index}"
+
+
+def _check_settings(num_classes: int, ignore_index: int) -> None:
+    check_count("num_classes", num_classes)
+    check_number("ignore_index", ignore_index, low=-math.inf, high=math.inf)
+
+
+def _scores(counts: Tensor) -> SegmentationScores:
+    """Return the scores of confusion matrices (..., K, K) with rows the target, columns the prediction."""
+    counts = counts.double()
+    hits = counts.diagonal(dim1=-2, dim2=-1)
+    predicted, actual = counts.sum(-2), counts.sum(-1)
+    iou = hits / (predicted + actual - hits)
+    return SegmentationScores(iou.nanmean(-1), iou, hits / predicted, hits / actual)
+
+
+def _counted_pixels(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return where `target` is not void, and the classes there, flat, as int64; raise on any other value."""
+    target = target.long()  # first: in uint8, -1 would compare equal to 255
+    valid = target != ignore_index
+    classes = target[valid]
+    wanted = f"classes in 0..{num_classes - 1} or ignore_index={ignore_index}"
+    hint = "Is that value void? Pass it as ignore_index. A colour mask? Decode it to class indices."
+    _check_values("target", classes, (classes >= 0) & (classes < num_classes), wanted, hint)
+    return valid, classes
+
+
+def _check_values(name: str, values: Tensor, good: Tensor, wanted: str, hint: str) -> None:
+    """Raise ValueError with the first of `values` where `good`, of the same shape, is False."""
+    if not bool(good.all()):
+        raise ValueError(f"{name} must hold {wanted}, but holds {values[~good][0].item()}. {hint}")

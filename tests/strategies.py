@@ -1,0 +1,114 @@
+"""Random inputs of every block: `make_batch` builds one from a seed and sizes, `batches` lets hypothesis draw them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+Size = tuple[int, int]
+
+# (h, w) of the features, (H, W) of the image
+SIZES = {
+    "equal": ((4, 5), (4, 5)),
+    "smaller": ((3, 4), (7, 9)),
+    "larger": ((8, 7), (3, 5)),
+    "mixed": ((2, 7), (5, 3)),
+    "from-1x1": ((1, 1), (5, 4)),
+    "to-1x1": ((5, 3), (1, 1)),
+}
+
+
+class Batch(NamedTuple):
+    """Inputs of one training step; the letters are those of the notation table."""
+
+    features: Tensor  # (B, D, h, w), >= 0 with exact zeros
+    mask: Tensor  # (B, H, W), 0..N, void (255) and out-of-range values
+    labels: Tensor  # (B, N)
+    prototypes: Tensor  # (K, D)
+    filled: Tensor  # (K,), not all
+    raw: tuple[Tensor, ...]  # raw CAMs (B, N, *, *) of three sizes
+    student: tuple[Tensor, ...]  # S normalised CAMs (B, N, H, W), some maps all zero
+    teacher: tuple[Tensor, ...]  # R of them
+
+    @property
+    def cam(self) -> Tensor:
+        """One normalised CAM."""
+        return self.student[0]
+
+
+def make_batch(
+    seed: int = 0,
+    *,
+    images: int = 3,
+    classes: int = 3,
+    dim: int = 5,
+    feature_size: Size = (3, 4),
+    image_size: Size = (7, 9),
+    scales: tuple[int, int] = (3, 3),
+    dtype: torch.dtype = torch.float64,
+) -> Batch:
+    """Build a batch; image 1 is void and the last of several images has no tag."""
+    g = torch.Generator().manual_seed(seed)
+    B, N, D = images, classes, dim
+    (h, w), (H, W) = feature_size, image_size
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=g, dtype=torch.float64)
+
+    def normalised() -> Tensor:
+        cam = (uniform(B, N, H, W) - 0.2).clamp(min=0) * (uniform(B, N, 1, 1) > 0.15)
+        return cam / cam.amax((2, 3), keepdim=True).clamp(min=1e-9)
+
+    mask = torch.randint(0, N + 1, (B, H, W), generator=g)
+    for value, share in ((255, 0.1), (-1, 0.05), (N + 1, 0.05)):
+        mask[uniform(B, H, W) < share] = value
+    mask[1:2] = 255
+    labels = (uniform(B, N) < 0.6).long()
+    labels[:1, :1] = 1
+    labels[max(1, B - 1) :] = 0
+    filled = uniform(N + 1) < 0.7
+    filled[:2] = torch.tensor([True, False])
+    batch = Batch(
+        features=(uniform(B, D, h, w) - 0.3).clamp(min=0),
+        mask=mask,
+        labels=labels,
+        prototypes=uniform(N + 1, D),
+        filled=filled,
+        raw=tuple(4 * uniform(B, N, *size) - 2 for size in ((h, w), (2 * h, 2 * w + 1), (H, W))),
+        student=tuple(normalised() for _ in range(scales[0])),
+        teacher=tuple(normalised() for _ in range(scales[1])),
+    )
+    return convert(batch, dtype)
+
+
+def map_batch(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """Apply a function to every tensor."""
+    return Batch(*(tuple(map(function, x)) if isinstance(x, tuple) else function(x) for x in batch))
+
+
+def convert(batch: Batch, to: torch.dtype | str) -> Batch:
+    """Move every tensor to a device, or every floating one to a dtype."""
+    return map_batch(lambda x: x.to(to) if isinstance(to, str) or x.is_floating_point() else x, batch)
+
+
+sides = st.integers(1, 9)
+image_sizes = st.tuples(sides, sides)
+
+
+@st.composite
+def batches(draw: st.DrawFn, **fixed: object) -> Batch:
+    """Draw a batch: feature and image sizes equal, smaller or larger, odd or 1; few images and classes."""
+    image_size = draw(image_sizes)
+    drawn = {
+        "images": draw(st.integers(1, 3)),
+        "classes": draw(st.integers(1, 4)),
+        "dim": draw(st.integers(1, 6)),
+        "feature_size": draw(st.just(image_size) | st.tuples(sides, sides)),
+        "image_size": image_size,
+        "scales": draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
+    }
+    return make_batch(draw(st.integers(0, 2**32 - 1)), **(drawn | fixed))

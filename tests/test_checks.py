@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pixelss._checks import check_choice, check_count, check_number, check_tensor
+
+IMAGE = torch.zeros(2, 3, 4, 5)
+
+
+def test_check_tensor_returns_the_shape():
+    assert check_tensor("cam", IMAGE, "BNHW", N=3, like=torch.zeros(1)) == (2, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "accepted"),
+    [
+        ("floating", {torch.float16, torch.bfloat16, torch.float32, torch.float64}),
+        ("integer", {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}),
+        ("bool", {torch.bool}),
+    ],
+)
+def test_check_tensor_dtype(kind, accepted):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.bool,
+                  torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):  # fmt: skip
+        x = torch.zeros(2, dtype=dtype)
+        check_tensor("x", x, "B", kind="any")
+        if dtype in accepted:
+            check_tensor("x", x, "B", kind=kind)
+        else:
+            with pytest.raises(TypeError, match=rf"^x must be of {kind} dtype, but is {dtype}"):
+                check_tensor("x", x, "B", kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("value", "settings", "error", "message"),
+    [
+        ([[1.0]], {}, TypeError, "cam must be a torch.Tensor, but is a list"),
+        (IMAGE[0], {}, ValueError, r"cam must have shape \(B, N, H, W\), but has shape \(3, 4, 5\)"),
+        (IMAGE, {"N": 4}, ValueError, r"cam must have shape \(B, N=4, H, W\), .*\(2, 3, 4, 5\): N is 3"),
+        (IMAGE[:, :, :0], {}, ValueError, r"\(2, 3, 0, 5\): H is 0"),
+        (IMAGE.to("meta"), {"like": IMAGE}, ValueError, "cam must lie on cpu, but lies on meta"),
+        (IMAGE[0], {"hint": "Add a batch dimension."}, ValueError, r"Add a batch dimension\.$"),
+    ],
+    ids=["type", "rank", "size", "empty", "device", "hint"],
+)
+def test_check_tensor_message(value, settings, error, message):
+    with pytest.raises(error, match=message):
+        check_tensor("cam", value, "BNHW", **settings)
+
+
+@pytest.mark.parametrize("axes", ["BNHW", "SPHW"])
+def test_only_images_and_pairs_may_be_empty(axes):
+    shape = [0 if axis in "BP" else 1 for axis in axes]
+    assert check_tensor("x", torch.zeros(shape), axes) == tuple(shape)
+
+
+def test_check_choice():
+    check_choice("form", "ratio", ("infonce", "ratio"))
+    with pytest.raises(ValueError, match="form must be one of 'infonce', 'ratio', but is 'infoNCE'"):
+        check_choice("form", "infoNCE", ("infonce", "ratio"))
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.5])
+def test_check_number_accepts(value):
+    check_number("threshold", value, low=0, high=1)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (1.5, ValueError, "threshold must be between 0 and 1, but is 1.5. Use a share."),
+        (-0.1, ValueError, "but is -0.1"),
+        (float("nan"), ValueError, "but is nan"),
+        ("0.2", TypeError, "threshold must be a number, but is a str"),
+        (True, TypeError, "but is a bool"),
+    ],
+)
+def test_check_number_refuses(value, error, message):
+    with pytest.raises(error, match=message):
+        check_number("threshold", value, low=0, high=1, hint="Use a share.")
+
+
+def test_check_count():
+    check_count("dim", 1)
+    with pytest.raises(ValueError, match="dim must be at least 1, but is 0"):
+        check_count("dim", 0)
+    for value in (2.0, True, "2"):
+        with pytest.raises(TypeError, match=f"dim must be an int, but is a {type(value).__name__}"):
+            check_count("dim", value)

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+from math import nan
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import SIZES, batches, make_batch
+from torch.nn import functional
+
+from pixelss import ClassRegionMask, class_region_mask, direct_loss
+
+dtypes = pytest.mark.parametrize("dtype", oracles.TOLERANCE)
+image_sizes = pytest.mark.parametrize("size", [target for _, target in SIZES.values()], ids=SIZES)
+thresholds = st.floats(0, 1)
+
+
+# class_region_mask
+
+
+@dtypes
+@image_sizes
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.7])
+def test_mask_equals_the_loop(size, threshold, dtype, device):
+    batch = make_batch(image_size=size, dtype=dtype)
+    mask = class_region_mask(batch.cam.to(device), batch.labels.to(device), threshold=threshold)
+    assert mask.dtype == torch.int64
+    assert torch.equal(mask.cpu(), oracles.class_region_mask(batch.cam, batch.labels, threshold))
+
+
+@given(batch=batches(classes=4), threshold=st.sampled_from([0.0, 0.2, 0.5, 1.0]))
+def test_ties_go_to_the_lowest_class(batch, threshold):
+    cam = (2 * batch.cam).round() / 2
+    mask = class_region_mask(cam, batch.labels, threshold=threshold)
+    assert torch.equal(mask, oracles.class_region_mask(cam, batch.labels, threshold))
+
+
+def test_an_activation_at_the_threshold_is_background():
+    cam = torch.tensor([0.5, 0.25, 0.2500001, 1.0]).view(1, 1, 2, 2)
+    assert class_region_mask(cam, torch.ones(1, 1), threshold=0.25).flatten().tolist() == [1, 0, 1, 1]
+    assert not class_region_mask(cam, torch.ones(1, 1), threshold=1.0).any()
+
+
+@given(batch=batches(), threshold=thresholds)
+def test_mask_partitions_the_pixels(batch, threshold):
+    mask = class_region_mask(batch.cam, batch.labels, threshold=threshold)
+    regions = torch.stack([mask == k for k in range(batch.labels.shape[1] + 1)])
+    assert (regions.sum(0) == 1).all()
+
+
+@given(batch=batches(), threshold=thresholds)
+def test_absent_classes_never_appear(batch, threshold):
+    mask = class_region_mask(batch.cam, batch.labels, threshold=threshold)
+    for one, tags in zip(mask, batch.labels, strict=True):
+        assert set(one.unique().tolist()) <= {0, *(tags.nonzero().flatten() + 1).tolist()}
+
+
+@given(batch=batches(), pair=st.tuples(thresholds, thresholds).map(sorted))
+def test_a_higher_threshold_only_moves_pixels_to_the_background(batch, pair):
+    low, high = (class_region_mask(batch.cam, batch.labels, threshold=t) for t in pair)
+    assert ((high == low) | (high == 0)).all()
+
+
+@given(batch=batches(), axes=st.sampled_from([(1,), (2,), (1, 2)]))
+def test_mask_is_equivariant_to_flips(batch, axes):
+    flipped = class_region_mask(batch.cam.flip([axis + 1 for axis in axes]), batch.labels)
+    assert torch.equal(flipped, class_region_mask(batch.cam, batch.labels).flip(axes))
+
+
+@given(batch=batches(), data=st.data())
+def test_mask_is_equivariant_to_class_permutations(batch, data):
+    # The maximum is unique where it is positive: the maps are random reals. Peaks, all 1, are made so too.
+    order = data.draw(st.permutations(range(batch.cam.shape[1])))
+    cam = batch.cam * torch.linspace(0.9, 1, len(order))[:, None, None]
+    permuted = class_region_mask(cam[:, order], batch.labels[:, order])
+    assert torch.equal(torch.tensor([0, *(k + 1 for k in order)])[permuted], class_region_mask(cam, batch.labels))
+
+
+@given(batch=batches())
+def test_absent_classes_are_removed_before_the_arg_max(batch):
+    louder = torch.where(batch.labels[:, :, None, None] > 0, batch.cam, 1.0)
+    assert torch.equal(class_region_mask(louder, batch.labels), class_region_mask(batch.cam, batch.labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_mask_labels_of_any_dtype(dtype):
+    batch = make_batch()
+    expected = class_region_mask(batch.cam, batch.labels)
+    assert torch.equal(class_region_mask(batch.cam, batch.labels.to(dtype)), expected)
+
+
+@pytest.mark.parametrize("value", [nan, float("inf"), -float("inf")])
+def test_non_finite_activation_is_none(value):
+    batch = make_batch()
+    broken, zeroed = batch.cam.clone(), batch.cam.clone()
+    broken[:, :, 1:3, 2], zeroed[:, :, 1:3, 2] = value, 0.0
+    assert torch.equal(class_region_mask(broken, batch.labels), class_region_mask(zeroed, batch.labels))
+    loss = [direct_loss(cam, batch.mask, batch.labels) for cam in (broken, zeroed)]
+    assert torch.equal(*loss)
+
+
+def test_mask_module_equals_the_function():
+    batch = make_batch()
+    module = ClassRegionMask(0.4)
+    assert torch.equal(module(batch.cam, batch.labels), class_region_mask(batch.cam, batch.labels, threshold=0.4))
+    assert torch.equal(ClassRegionMask()(batch.cam, batch.labels), class_region_mask(batch.cam, batch.labels))
+    assert "threshold=0.4" in repr(module)
+    assert module.state_dict() == {}
+
+
+# direct_loss
+
+
+@dtypes
+@image_sizes
+def test_direct_loss_equals_the_loop(size, dtype, device):
+    batch = make_batch(image_size=size)
+    assert_direct_loss(batch, dtype, device)
+
+
+@pytest.mark.parametrize("ignore_index", [0, 2, -1])
+def test_direct_loss_ignores_any_index(ignore_index):
+    assert_direct_loss(make_batch(), torch.float64, ignore_index=ignore_index)
+
+
+def assert_direct_loss(batch, dtype, device="cpu", **settings):
+    oracles.assert_matches(
+        lambda *inputs: direct_loss(*inputs, **settings),
+        lambda *inputs: oracles.direct_loss(*inputs, **settings, eps=torch.finfo(dtype).eps),
+        batch.cam,
+        batch.mask,
+        batch.labels,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def test_direct_loss_equals_binary_cross_entropy():
+    batch = make_batch(images=1)
+    cam, mask, labels = batch.cam.clamp(0.05, 0.95), batch.mask.clamp(0, 3), torch.ones(1, 3)
+    target = functional.one_hot(mask, 4).movedim(-1, 1)[:, 1:].double()
+    torch.testing.assert_close(direct_loss(cam, mask, labels), functional.binary_cross_entropy(cam, target))
+
+
+def test_direct_loss_gradcheck():
+    batch = make_batch()
+    cam = batch.cam.clamp(0.05, 0.95).requires_grad_()
+    assert torch.autograd.gradcheck(lambda cam: direct_loss(cam, batch.mask, batch.labels), cam)
+
+
+@dtypes
+def test_direct_loss_is_finite_at_its_worst(dtype):
+    cam = torch.tensor([[[[1.0, 0.0]]]], dtype=dtype, requires_grad=True)
+    loss = direct_loss(cam, torch.tensor([[[0, 1]]]), torch.ones(1, 1))
+    torch.testing.assert_close(loss, -torch.tensor(torch.finfo(dtype).eps, dtype=dtype).log())
+    loss.backward()
+    assert cam.grad.isfinite().all()
+
+
+@given(batch=batches())
+def test_direct_loss_gives_no_gradient_to_void_pixels_and_absent_classes(batch):
+    cam = batch.cam.clamp(0.05, 0.95).requires_grad_()
+    direct_loss(cam, batch.mask, batch.labels).backward()
+    valid = (batch.mask >= 0) & (batch.mask <= batch.labels.shape[1])
+    counted = valid[:, None] & (batch.labels > 0)[:, :, None, None]
+    assert torch.equal(cam.grad != 0, counted)
+
+
+# refusals
+
+CAM = torch.rand(2, 3, 4, 5)
+MASK = torch.zeros(2, 4, 5, dtype=torch.int64)
+LABELS = torch.ones(2, 3)
+
+BAD_CAM_OR_LABELS = [
+    ("cam", CAM[0], ValueError),
+    ("cam", CAM[:, :, :0], ValueError),
+    ("cam", CAM.long(), TypeError),
+    ("cam", None, TypeError),
+    ("labels", LABELS[0], ValueError),
+    ("labels", LABELS[:1], ValueError),
+    ("labels", LABELS[:, :2], ValueError),
+    ("labels", LABELS.to("meta"), ValueError),
+    ("labels", [[1, 1, 1]] * 2, TypeError),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        *BAD_CAM_OR_LABELS,
+        ("threshold", -0.1, ValueError),
+        ("threshold", 1.1, ValueError),
+        ("threshold", nan, ValueError),
+        ("threshold", "0.2", TypeError),
+    ],
+)
+def test_mask_refuses(name, value, error):
+    with pytest.raises(error, match=rf"\b{name}\b"):
+        class_region_mask(**{"cam": CAM, "labels": LABELS, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        *BAD_CAM_OR_LABELS,
+        ("mask", MASK[0], ValueError),
+        ("mask", MASK[:1], ValueError),
+        ("mask", MASK[:, 1:], ValueError),
+        ("mask", MASK.float(), TypeError),
+        ("mask", MASK.bool(), TypeError),
+        ("mask", MASK.to("meta"), ValueError),
+    ],
+)
+def test_direct_loss_refuses(name, value, error):
+    with pytest.raises(error, match=rf"\b{name}\b"):
+        direct_loss(**{"cam": CAM, "mask": MASK, "labels": LABELS, name: value})
+
+
+@pytest.mark.parametrize("threshold", [-0.1, nan])
+def test_mask_module_refuses_a_threshold_at_the_latest_when_it_is_used(threshold):
+    with pytest.raises(ValueError, match="threshold"):
+        ClassRegionMask(threshold)(CAM, LABELS)

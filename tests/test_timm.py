@@ -1,0 +1,278 @@
+"""Any timm network as a backbone, against timm itself, and ResNet38 among timm's models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from pixelss.backbones.checkpoints import load_resnet38
+from pixelss.backbones.resnet38 import ResNet38, freeze_norm
+from pixelss.backbones.timm import timm_backbone
+
+SWIN = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
+VIT = {"embed_dim": 24, "depth": 3, "num_heads": 2}
+
+# name, kwargs, stride, (H, W), (C, h, w)
+MATRIX = [
+    *(("resnet18", {}, s, (65, 97), (512, -(-65 // s), -(-97 // s))) for s in (8, 16, 32)),
+    *(("tf_efficientnet_lite0", {}, s, (65, 97), (320, -(-65 // s), -(-97 // s))) for s in (8, 16, 32)),
+    ("resnet18", {}, 4, (64, 64), (64, 16, 16)),  # a stride no dilation gives: an early level
+    ("mobilenetv3_small_050", {}, 8, (64, 96), (288, 8, 12)),
+    ("convnext_atto", {}, 8, (64, 96), (320, 8, 12)),
+    ("convnext_atto", {}, 8, (65, 97), (320, 8, 12)),  # cuts into whole patches
+    ("regnety_002", {}, 16, (33, 47), (368, 3, 3)),
+    ("ghostnet_050", {}, 8, (64, 64), (20, 8, 8)),  # refuses output_stride=8
+    ("pvt_v2_b0", {}, 8, (64, 96), (64, 8, 12)),
+    ("mambaout_femto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, 8, (64, 96), (16, 8, 12)),  # NHWC
+    ("swin_tiny_patch4_window7_224", SWIN, 8, (64, 96), (48, 8, 12)),  # NHWC, any size
+    ("swinv2_tiny_window8_256", SWIN, 32, (96, 64), (192, 3, 2)),
+    ("vit_tiny_patch16_224", VIT, 16, (64, 96), (24, 4, 6)),
+    ("vit_tiny_patch16_224", VIT, 16, (65, 97), (24, 5, 7)),  # padded
+    ("deit_tiny_distilled_patch16_224", VIT, 16, (48, 32), (24, 3, 2)),  # two prefix tokens
+    ("vit_small_patch14_reg4_dinov2", VIT, 14, (56, 70), (24, 4, 5)),  # registers
+    ("eva02_tiny_patch14_224", VIT, 14, (57, 70), (24, 5, 5)),  # rotary
+    ("beit_base_patch16_224", {**VIT, "img_size": (32, 48)}, 16, (32, 48), (24, 2, 3)),
+    ("mixer_s32_224", {"img_size": 64}, 32, (64, 64), (512, 2, 2)),
+    ("coatnet_nano_cc_224", {"img_size": 64}, 16, (64, 64), (256, 4, 4)),  # hybrid
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "stride", "size", "shape"), MATRIX)
+@torch.no_grad()
+def test_matrix(
+    name: str, kwargs: dict[str, Any], stride: int, size: tuple[int, int], shape: tuple[int, int, int]
+) -> None:
+    net = timm_backbone(name, output_stride=stride, **kwargs).eval()
+    features = net(torch.randn(2, 3, *size))
+    assert features.shape == (2, *shape)
+    assert (net.out_channels, net.stride) == (shape[0], stride)
+    assert features.isfinite().all()
+    assert features.std(dim=(2, 3)).amax() > 0
+
+
+def with_weights_of(net: nn.Module, other: nn.Module) -> nn.Module:
+    """Give `other` the weights that it shares with timm's extractor inside `net`; all of these must exist there."""
+    state = {name.removeprefix("model."): tensor for name, tensor in net.net.state_dict().items()}
+    assert not other.load_state_dict(state, strict=False).unexpected_keys
+    return other.eval()
+
+
+@torch.no_grad()
+def test_numbers_of_a_dilated_network_are_timms() -> None:
+    net = timm_backbone("resnet18").eval()
+    reference = with_weights_of(net, timm.create_model("resnet18", output_stride=8))
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(net(x), reference.forward_features(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_numbers_of_a_transformer_are_its_normalised_patch_tokens(name: str) -> None:
+    net = timm_backbone(name, output_stride=16, img_size=(32, 48), **VIT).eval()
+    reference = with_weights_of(net, timm.create_model(name, img_size=(32, 48), **VIT))
+    x = torch.randn(2, 3, 32, 48)
+    tokens = reference.forward_features(x)[:, reference.num_prefix_tokens :]
+    assert tokens.shape == (2, 6, 24)
+    torch.testing.assert_close(net(x), tokens.transpose(1, 2).unflatten(2, (2, 3)))
+
+
+@torch.no_grad()
+def test_numbers_of_a_channels_last_network_are_timms() -> None:
+    name, size = "swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2, **SWIN}
+    net = timm_backbone(name, output_stride=32, **size).eval()
+    reference = timm.create_model(name, features_only=True, **size).eval()
+    reference.load_state_dict(net.net.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(net(x), reference(x)[-1].permute(0, 3, 1, 2))
+
+
+def test_no_weights_lie_idle() -> None:
+    for name, kwargs, stride in [("ghostnet_050", {}, 8), ("lcnet_050", {}, 8), ("vit_tiny_patch16_224", VIT, 16)]:
+        net = timm_backbone(name, output_stride=stride, **kwargs).train()
+        net(torch.randn(2, 3, 64, 64)).square().mean().backward()
+        idle = [n for n, p in net.named_parameters() if p.grad is None]
+        assert all("cls_token" in n for n in idle), name
+
+
+def test_freeze_norm() -> None:
+    net = freeze_norm(timm_backbone("mobilenetv3_small_050", drop_path_rate=0.0)).train()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(net(x), net.eval()(x))
+
+
+@torch.no_grad()
+def test_kwargs_reach_timm(tmp_path: Path) -> None:
+    net = timm_backbone("resnet18", output_stride=32, in_chans=1).eval()
+    assert net(torch.randn(1, 1, 32, 32)).shape == (1, 512, 1, 1)
+    with pytest.raises(ValueError, match=r"images must have shape \(B, C=1, H, W\)"):
+        net(torch.randn(1, 3, 32, 32))
+    source = timm.create_model("resnet18")
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth")}
+    loaded = timm_backbone("resnet18", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(loaded.net.conv1.weight, source.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "stride", "message"),
+    [
+        ("vit_tiny_patch16_224", 8, "vit_tiny_patch16_224 gives stride 16 only; ask for output_stride=16 instead of 8"),
+        ("resnet18", 64, "resnet18 gives stride 2, 4, 8, 16, 32; ask for output_stride=32 instead of 64"),
+        ("resnt18", 8, r"is 'resnt18': did you mean .*resnet18"),
+        ("???", 8, r"see timm.list_models\(\)"),
+        ("resnet18", 0, "output_stride must be at least 1, but is 0"),
+    ],
+)
+def test_bad_names_and_strides(name: str, stride: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timm_backbone(name, output_stride=stride)
+
+
+@pytest.mark.parametrize("kwargs", [{"no_such_setting": 1}, {"features_only": False}, {"out_indices": (0,)}])
+def test_bad_kwargs(kwargs: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=next(iter(kwargs))):
+        timm_backbone("resnet18", **kwargs)
+
+
+def test_fixed_size() -> None:
+    net = timm_backbone("beit_base_patch16_224", output_stride=16, **VIT, img_size=32)
+    message = (
+        r"beit_base_patch16_224 cannot take images of size \(64, 96\): build it with img_size=\(64, 96\), or resize"
+    )
+    with pytest.raises(ValueError, match=rf"{message} them to \(32, 32\)"):
+        net(torch.randn(1, 3, 64, 96))
+    with pytest.raises(RuntimeError, match="double"):  # an error that the size does not explain
+        net(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "hrnet_w18_small"])
+def test_sizes_that_must_be_multiples(name: str) -> None:
+    net = timm_backbone(name, **(SWIN if "swin" in name else {}))
+    with pytest.raises(
+        ValueError, match=r"cannot take images of size \(65, 97\): pad or resize them to multiples of 32"
+    ):
+        net(torch.randn(1, 3, 65, 97))
+
+
+def test_a_misshapen_feature_map_is_no_result() -> None:
+    with torch.device("meta"):  # timm 1.0.31 folds two rows of these tokens into the channels
+        net = timm_backbone("vit_base_r26_s32_224", output_stride=32)
+        with pytest.raises(ValueError, match="multiples of 32"):
+            net(torch.zeros(1, 3, 65, 97))
+        assert net(torch.zeros(1, 3, 64, 96)).shape == (1, 768, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("images", "error"), [(torch.zeros(3, 8, 8), ValueError), (torch.zeros(1, 3, 8, 8).int(), TypeError)]
+)
+def test_bad_images(images: Tensor, error: type[Exception]) -> None:
+    with pytest.raises(error, match="images must"):
+        timm_backbone("lcnet_050")(images)
+
+
+# --- ResNet38 in timm ------------------------------------------------------------------------------------------
+
+
+def create(**kwargs: Any) -> Any:
+    with torch.device("meta"):
+        return timm.create_model("resnet38", **kwargs)
+
+
+X = torch.zeros(2, 3, 65, 96, device="meta")
+
+
+def test_classifier() -> None:
+    net = create(num_classes=20, drop_rate=0.1).eval()
+    assert net(X).shape == (2, 20)
+    features = net.forward_features(X)
+    assert features.shape == (2, 4096, 9, 12)
+    assert net.forward_head(features).shape == (2, 20)
+    assert net.forward_head(features, pre_logits=True).shape == (2, 4096)
+    assert net.get_classifier().weight.shape == (20, 4096)
+    net.reset_classifier(7)
+    assert (net.num_classes, net(X).shape) == (7, (2, 7))
+    net.reset_classifier(0, "")
+    assert net(X).shape == (2, 4096, 9, 12)
+    assert create()(X).shape == (2, 1000)
+    assert create(num_classes=0).eval()(X).shape == (2, 4096)
+    assert (net.num_features, net.head_hidden_size) == (4096, 4096)
+
+
+def test_default_cfg() -> None:
+    net = create()
+    config = timm.data.resolve_data_config(net.default_cfg)
+    assert config["input_size"] == (3, 224, 224)
+    assert config["mean"] == (0.485, 0.456, 0.406)
+    assert config["std"] == (0.229, 0.224, 0.225)
+    assert isinstance(net.get_submodule(net.default_cfg["first_conv"]), nn.Conv2d)
+    assert net.get_submodule(net.default_cfg["classifier"]) is net.get_classifier()
+    assert "resnet38" in timm.list_models("resnet3*")
+
+
+@pytest.mark.parametrize("indices", [None, (0, 1, 2, 3, 4), (4,), (-1, 0), (2, 3)])
+def test_features_only(indices: tuple[int, ...] | None) -> None:
+    net = create(features_only=True, **({} if indices is None else {"out_indices": indices})).eval()
+    taken = indices or range(5)
+    channels = [(128, 256, 512, 1024, 4096)[i] for i in taken]
+    strides = [(2, 4, 8, 8, 8)[i] for i in taken]
+    assert net.feature_info.channels() == channels
+    assert net.feature_info.reduction() == strides
+    shapes = [tuple(stage.shape) for stage in net(X)]
+    expected = {(c, s): (2, c, -(-65 // s), -(-96 // s)) for c, s in zip(channels, strides, strict=True)}
+    assert sorted(shapes) == sorted(expected.values())
+    assert not [name for name, _ in net.named_parameters() if "head" in name]
+
+
+def test_features_are_the_stages() -> None:
+    net = create(features_only=True).eval()
+    resnet38 = next(m for m in net.modules() if isinstance(m, ResNet38))
+    for info in net.feature_info.info:
+        assert net.model.get_submodule(info["module"]).num_features == info["num_chs"]
+    assert [s.shape for s in net(X)] == [s.shape for s in resnet38.forward_stages(X)]
+    final, stages = net.model.forward_intermediates(X, indices=2)
+    assert (final.shape[1], [s.shape[1] for s in stages]) == (4096, [1024, 4096])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"pretrained": True}, ValueError, r"pretrained must be False.*load_resnet38\(model, path\)"),
+        ({"in_chans": 1}, ValueError, "in_chans must be 3"),
+        ({"output_stride": 16}, TypeError, "output_stride"),
+        ({"no_such_setting": 1}, TypeError, "no_such_setting"),
+    ],
+)
+def test_unsupported(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        create(**kwargs)
+
+
+def test_resnet38_as_backbone() -> None:
+    with torch.device("meta"):
+        net = timm_backbone("resnet38").eval()
+        assert net(X).shape == (2, 4096, 9, 12)
+        assert (net.out_channels, net.stride) == (4096, 8)
+        with pytest.raises(ValueError, match=r"resnet38 gives stride 2, 4, 8; ask for output_stride=8"):
+            timm_backbone("resnet38", output_stride=16)
+        with pytest.raises(ValueError, match="pretrained must be False"):
+            timm_backbone("resnet38", pretrained=True)
+
+
+def test_published_weights_load_into_the_classifier(tmp_path: Path) -> None:
+    net = timm.create_model("resnet38", num_classes=2)
+    torch.save({"bn7.bias": torch.full((4096,), 3.0), "fc8.weight": torch.zeros(2, 4096)}, tmp_path / "weights.pth")
+    assert load_resnet38(net, tmp_path / "weights.pth").loaded == ("bn7.bias",)
+    assert net.backbone.bn7.bias.eq(3).all()
+
+
+def test_pixelss_does_not_import_timm() -> None:
+    code = "import sys, pixelss, pixelss.backbones.checkpoints; print('timm' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
+    assert run.stdout.strip() == "False"
