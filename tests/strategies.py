@@ -71,7 +71,7 @@ def make_batch(
     labels[:1, :1] = 1
     labels[max(1, B - 1) :] = 0
     filled = uniform(N + 1) < 0.7
-    filled[:2] = torch.tensor([True, False])
+    filled[:3] = torch.tensor([True, False, True])[: N + 1]
     batch = Batch(
         features=(uniform(B, D, h, w) - 0.3).clamp(min=0),
         mask=mask,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import assert_matches
-from strategies import SIZES, Batch, batches, make_batch
+from strategies import Batch, batches, make_batch
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,7 +20,7 @@ from pixelss import (
 )
 
 dtypes = pytest.mark.parametrize("dtype", oracles.TOLERANCE)
-image_sizes = pytest.mark.parametrize("size", [target for _, target in SIZES.values()], ids=SIZES)
+image_sizes = pytest.mark.parametrize("size", [(7, 9), (5, 3), (1, 1)], ids=str)
 numbers_of_scales = pytest.mark.parametrize("scales", [(3, 3), (1, 3), (3, 1), (2, 4)], ids=str)
 
 
@@ -209,14 +209,6 @@ def test_no_tag_at_all_gives_a_zero_on_the_graph():
         assert loss == 0
         loss.backward()
     assert not any(cam.grad.any() for cam in students)
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
-def test_labels_of_any_dtype(dtype):
-    batch = make_batch()
-    expected = multi_scale_attentive_loss(batch.student, batch.teacher, batch.labels)
-    actual = multi_scale_attentive_loss(batch.student, batch.teacher, batch.labels.to(dtype))
-    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("settings", [{}, {"attentive": False, "reduction": "sum"}], ids=str)

@@ -141,13 +141,6 @@ def test_msinf_cam_does_not_depend_on_the_order_of_scales(batch):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.float16])
-def test_msinf_cam_labels_of_any_dtype(dtype):
-    batch = make_batch()
-    expected = msinf_cam(batch.raw, batch.labels, size=(4, 4))
-    assert torch.equal(msinf_cam(batch.raw, batch.labels.to(dtype), size=(4, 4)), expected)
-
-
 # CAMHead
 
 

@@ -421,7 +421,7 @@ def test_cut_or_continued(model: ResNet38, path: Path, container: str) -> None:
 def test_mutated(model: ResNet38, path: Path, container: str) -> None:
     CONTAINERS[container](tensors(), path)
     content = path.read_bytes()
-    draw = random.Random(0)  # noqa: S311
+    draw = random.Random(0)
     for _ in range(150):
         mutated = bytearray(content)
         for _ in range(draw.choice((1, 3))):

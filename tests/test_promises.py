@@ -191,6 +191,27 @@ def test_no_wait_for_the_device(name):
         run(block, batch)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [torch.Tensor.bool, torch.Tensor.byte, torch.Tensor.half, lambda tags: 3 * tags - 1],
+    ids=["bool", "uint8", "float16", "signed"],
+)
+@every_block
+def test_labels_of_any_dtype_are_present_where_positive(name, change):
+    batch = make_batch()
+    changed = batch._replace(labels=change(batch.labels))
+    assert torch.equal(BLOCKS[name](changed), BLOCKS[name](batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+@every_block
+def test_masks_of_any_integer_dtype(name, dtype):
+    batch = make_batch()
+    void = -1 if dtype.is_signed else 255
+    batch = batch._replace(mask=batch.mask.where((batch.mask >= 0) & (batch.mask < 128), void))
+    assert torch.equal(BLOCKS[name](batch._replace(mask=batch.mask.to(dtype))), BLOCKS[name](batch))
+
+
 @every_block
 def test_inputs_are_left_as_they_are(name, device):
     batch = convert(make_batch(), device)

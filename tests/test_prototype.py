@@ -88,14 +88,6 @@ def test_counts_are_pixels(batch):
     torch.testing.assert_close(counts.sum(1), valid.sum((1, 2)), check_dtype=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
-def test_masks_of_any_integer_dtype(dtype):
-    batch = make_batch()
-    expected = class_prototypes(batch.features, batch.mask, 3)
-    mask = batch.mask.where(batch.mask >= 0, 255).to(dtype)
-    torch.testing.assert_close(class_prototypes(batch.features, mask, 3), expected)
-
-
 # PrototypeBank
 
 

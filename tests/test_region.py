@@ -84,13 +84,6 @@ def test_absent_classes_are_removed_before_the_arg_max(batch):
     assert torch.equal(class_region_mask(louder, batch.labels), class_region_mask(batch.cam, batch.labels))
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
-def test_mask_labels_of_any_dtype(dtype):
-    batch = make_batch()
-    expected = class_region_mask(batch.cam, batch.labels)
-    assert torch.equal(class_region_mask(batch.cam, batch.labels.to(dtype)), expected)
-
-
 @pytest.mark.parametrize("value", [nan, float("inf"), -float("inf")])
 def test_non_finite_activation_is_none(value):
     batch = make_batch()

@@ -118,7 +118,8 @@ def multi_scale_attentive_loss(
     first = check_cams("student_cams", student_cams, shared="BNHW")
     B, N, H, W = first.shape
     check_cams("teacher_cams", teacher_cams, shared="BNHW", like=first, B=B, N=N, H=H, W=W)
-    check_tensor("labels", labels, "BN", kind="any", B=B, N=N)
+    on_cpu = isinstance(labels, Tensor) and labels.device.type == "cpu"
+    check_tensor("labels", labels, "BN", kind="any", like=None if on_cpu else first, B=B, N=N)
     present = (labels > 0).flatten().nonzero().flatten().to(first.device, non_blocking=True)
     student, teacher = (
         torch.stack([promote(cam).flatten(0, 1)[present] for cam in cams]).nan_to_num(0, 0, 0)

@@ -172,7 +172,8 @@ def multi_scale_forward(
     outputs = []
     for i, scale in enumerate(scales):
         check_number(f"scales[{i}]", scale, low=1e-3, high=1e3)
-        output = model(resize(images, (max(1, int(H * scale + 0.5)), max(1, int(W * scale + 0.5)))))
+        size = max(1, int(H * scale + 0.5)), max(1, int(W * scale + 0.5))
+        output = model(resize(images, size).to(images.dtype))
         if not isinstance(output, CAMOutput):
             raise TypeError(
                 f"model must return a CAMOutput(features, cam, logits), but returned a {type(output).__name__}."

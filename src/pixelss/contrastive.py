@@ -59,7 +59,8 @@ def regional_contrastive_loss(
     _, H, W = check_tensor("mask", mask, "BHW", kind="integer", like=features, B=B)
     hint = "One row a class (background first), as wide as the features."
     K, _ = check_tensor("prototypes", prototypes, "KD", like=features, hint=hint, D=D)
-    check_number("temperature", temperature, low=torch.finfo(torch.float32).eps, high=float("inf"))
+    limits = torch.finfo(torch.float32)
+    check_number("temperature", temperature, low=limits.eps, high=limits.max)
     check_choice("form", form, ("infonce", "ratio"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     if filled is None:

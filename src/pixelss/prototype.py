@@ -55,7 +55,8 @@ def class_prototypes(
             weights = resize_matrix(h, H, features).mT @ weights
         counts = region.sum((-2, -1))
         sums = weights.flatten(2) @ features.flatten(2).mT
-    return sums / counts.clamp(min=1)[:, :, None], counts.to(features.dtype)
+    means = (sums / counts.clamp(min=1)[:, :, None]).where(counts[:, :, None] > 0, 0)
+    return means, counts.to(features.dtype)
 
 
 class PrototypeBank(nn.Module):

@@ -162,8 +162,14 @@ def freeze_norm(module: ModuleT) -> ModuleT:
     eval mode whenever it runs. Names and number of tensors stay. Layer and group norms are left alone. Freeze
     after any conversion that makes new norms, such as `convert_sync_batchnorm`.
 
+    Args:
+        module: any network, changed in place.
+
     Returns:
         `module` itself.
+
+    Raises:
+        AttributeError: `module` is no module.
 
     Example:
         >>> import torch
@@ -175,7 +181,7 @@ def freeze_norm(module: ModuleT) -> ModuleT:
     for norm in module.modules():
         if isinstance(norm, _BatchNorm):
             norm.eval().requires_grad_(False)
-            pass
+            norm.register_forward_pre_hook(_stay_in_eval)
     return module
 
 

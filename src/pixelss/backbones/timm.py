@@ -27,8 +27,8 @@ def timm_backbone(name: str, *, output_stride: int = 8, pretrained: bool = False
     """Build a timm network that maps images to one feature map of the stride asked for.
 
     A convolutional network that can dilate does so. Any other network gives its deepest feature map of that
-    stride; what follows is cut off. A plain vision transformer gives the patch tokens of its last block, normalised,
-    without the class and register tokens.
+    stride and, where timm can, leaves out what follows. A vision transformer gives the patch tokens of its last
+    block without class and register tokens; after the last norm if it is one for images of any size (ViT, DeiT, EVA).
 
     Args:
         name: a name from `timm.list_models()`, which may carry a weights tag ("resnet18.a1_in1k").
@@ -107,7 +107,7 @@ class _TimmBackbone(nn.Module):
             raise
         except (AssertionError, RuntimeError) as error:
             if self.fixed_size not in (None, (H, W)):
-                fix = f"build it with img_size=({H}, {W}), or resize them to {self.fixed_size}"
+                fix = f"resize them to {self.fixed_size}, or build it with img_size=({H}, {W}) if it knows img_size"
             elif H % 32 or W % 32:
                 fix = "pad or resize them to multiples of 32"
             else:

@@ -1,0 +1,68 @@
+"""What a user meets first: the public names, their docstrings, the README's code, the import time."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pixelss
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = {"CAMOutput", "LoadReport", "SegmentationScores", "SweepScores"}  # NamedTuples: no example of their own
+
+
+def test_names_are_sorted_and_exist():
+    assert pixelss.__all__ == sorted(set(pixelss.__all__))
+    assert all(hasattr(pixelss, name) for name in pixelss.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="class_region_masks"):
+        pixelss.class_region_masks  # noqa: B018
+
+
+@pytest.mark.parametrize("name", pixelss.__all__)
+def test_every_public_name_is_documented(name):
+    doc = inspect.getdoc(getattr(pixelss, name)) or ""
+    sections = [] if name in RESULTS else ["Args:" if name != "ResNet38" else "Shape:", "Example:", ">>> ", "Raises:"]
+    if name == "ResNet38":
+        sections.remove("Raises:")
+    assert not [section for section in sections if section not in doc]
+
+
+def test_every_argument_is_documented():
+    for name in set(pixelss.__all__) - RESULTS:
+        doc = inspect.getdoc(getattr(pixelss, name)) or ""
+        arguments = set(inspect.signature(getattr(pixelss, name)).parameters)
+        assert not [argument for argument in arguments if not re.search(rf"^ +\**{argument}: ", doc, re.MULTILINE)], (
+            name
+        )
+
+
+def test_import_is_light():
+    loaded = "import sys, pixelss; print([m for m in ('timm', 'torchvision', 'matplotlib', 'PIL') if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", loaded], check=True, capture_output=True, text=True).stdout
+    assert output.strip() == "[]"
+
+
+def test_readme_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    torch.manual_seed(0)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_readme_names_exist():
+    assert not [name for name in re.findall(r"`pixelss\.(\w+)`", README) if not hasattr(pixelss, name)]
+
+
+def test_readme_and_ci_share_the_test_command():
+    command = 'python -m pip install -e ".[dev]" && python -m pytest'
+    assert command in README
+    assert command in (ROOT / ".ci" / "run").read_text()
