@@ -247,6 +247,21 @@ def test_memory_of_params(path: Path) -> None:
     assert arrays["b"].sum() == 8 * MIB
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (struct.pack("<3Q", 0x112, 0, MIB) + bytes(4 * MIB + 8), "lists 1048576 arrays"),
+        (struct.pack("<3QIQQ", 0x112, 0, 1, 0, 1, 4 * MIB) + "🐟".encode().ljust(4 * MIB), "name 0 of 4194304 bytes"),
+    ],
+    ids=["empty arrays", "one name"],
+)
+def test_memory_of_params_that_grow_when_read(path: Path, content: bytes, problem: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=problem), peak_memory() as peak:
+        read_mxnet_params(path)
+    assert peak() <= 2 * len(content)
+
+
 # --- every layout ----------------------------------------------------------------------------------------------
 
 

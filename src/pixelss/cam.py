@@ -60,8 +60,8 @@ class CAMHead(nn.Module):
         check_count("dim", dim)
         self.project = nn.Conv2d(in_channels, dim, 1, bias=False)
         self.classify = nn.Conv2d(dim, num_classes, 1, bias=False)
-        for conv in (self.project, self.classify):
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        nn.init.kaiming_normal_(self.project.weight, nonlinearity="relu")
+        nn.init.normal_(self.classify.weight, std=0.01)  # logits near 0: large ones kill the features' ReLU at once
 
     def forward(self, x: Tensor) -> CAMOutput:
         """Map backbone features (B, C, h, w) to features, raw CAMs and logits."""

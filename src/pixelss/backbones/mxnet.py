@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 MAGIC = struct.pack("<Q", 0x112)
 _DTYPES = ("<f4", "<f8", "<f2", "u1", "<i4", "i1", "<i8")
+# An empty array takes 4 bytes of the file but 100 of memory, and an ASCII name with one emoji 4 a byte.
+_MOST_ARRAYS, _LONGEST_NAME = 2**14, 2**10
 _V1, _V2, _V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
 _NAME = re.compile(
     r"(?:arg:|aux:)?(?:(?P<top>conv1a|bn7)|(?P<type>res|bn)(?P<level>\d)(?:a|b(?P<index>\d))_(?P<branch>branch\w+?))"
@@ -51,6 +53,8 @@ def read_mxnet_params(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
         reader.fail("is no MXNet parameter file: it does not begin with 0x112")
     reader.offset = 16
     count = reader.count("arrays", size=4)
+    if count > _MOST_ARRAYS:
+        reader.fail(f"lists {count} arrays, of which no network has more than {_MOST_ARRAYS}")
     arrays = [reader.array(i) for i in range(count)]
     named = reader.count("names", size=8)
     if named not in (0, count):
@@ -117,6 +121,8 @@ class _Reader:
 
     def name(self, index: int) -> str:
         length = self.count(f"bytes of name {index}", size=1)
+        if length > _LONGEST_NAME:
+            self.fail(f"has a name {index} of {length} bytes, of which none has more than {_LONGEST_NAME}")
         try:
             name = self.data[self.offset : self.offset + length].tobytes().decode()
         except UnicodeDecodeError as error:

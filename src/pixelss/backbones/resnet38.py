@@ -168,9 +168,6 @@ def freeze_norm(module: ModuleT) -> ModuleT:
     Returns:
         `module` itself.
 
-    Raises:
-        AttributeError: `module` is no module.
-
     Example:
         >>> import torch
         >>> net = freeze_norm(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())).train()
