@@ -15,12 +15,13 @@ import json
 import statistics
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from shapes import palette, write_shapes
@@ -29,11 +30,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 import pixelss
-from pixelss.backbones.resnet38 import freeze_norm
 
-ROWS = {"control": (False, False), "+RCM": (True, False), "+MAM": (False, True), "+RCM+MAM": (True, True)}
+ROWS = ("baseline", "control", "+RCM", "+MAM", "+RCM+MAM")
 TRAIN_SCALES, SCORE_SCALES = (0.5, 1.0, 2.0), (0.5, 1.0, 1.5, 2.0)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,15 +45,18 @@ def parse_args() -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0])
     add("--device", default="cpu")
     add("--form", default="infonce", choices=["infonce", "ratio"], help="of the regional contrastive loss")
-    add("--warmup", type=int, default=400, help="iterations of the baseline")
-    add("--iterations", type=int, default=120, help="iterations of every row after it")
+    add("--warmup", type=int, default=300, help="iterations of the baseline")
+    add("--iterations", type=int, default=100, help="iterations of every row after it")
     add("--warmup-lr", type=float, default=0.02, help="of the baseline: momentum 0.9, head x10 on given weights")
     add("--lr", type=float, default=0.02, help="of the rows: no momentum, head x1, poly decay")
     add("--batch", type=int, default=16)
     add("--crop", type=int, default=80, help="side of a training crop in pixels")
     add("--rescale", type=float, nargs=2, default=(0.8, 1.3), help="range of the training images' random rescale")
     add("--score-images", type=int, default=120, help="score the first so many images of train.txt")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.weights and args.backbone == "small":
+        parser.error("--weights is of a published backbone: name it with --backbone")
+    return args
 
 
 class VOCFolder:
@@ -72,8 +74,8 @@ class VOCFolder:
         self.labels = {s: torch.tensor([float(c in tags) for c in self.classes]) for s, tags in names.items()}
 
     def names(self, stem: str) -> set[str]:
-        tree = ET.parse(self.root / "Annotations" / f"{stem}.xml")
-        return {str(name.text) for name in tree.iterfind("object/name")}
+        objects = ET.parse(self.root / "Annotations" / f"{stem}.xml").iterfind("object/name")
+        return {str(name.text) for name in objects}
 
     def image(self, stem: str) -> Image.Image:
         return Image.open(self.root / "JPEGImages" / f"{stem}.jpg").convert("RGB")
@@ -103,68 +105,61 @@ class VOCFolder:
         return images, torch.stack([self.labels[stem] for stem in stems])
 
 
-def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+def build_model(args: argparse.Namespace, num_classes: int) -> nn.Sequential:
     """A backbone and a CAM head; with weights its norms stay as they were trained."""
+    backbone: Any
     if args.backbone == "small":
-        widths = (3, 32, 64, 128, 128, 128)
-        strides_dilations = ((2, 1), (2, 1), (2, 1), (1, 2), (1, 2))
         layers: list[nn.Module] = []
-        for c_in, c_out, (stride, dilation) in zip(widths, widths[1:], strides_dilations, strict=False):
+        for c_in, c_out, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1), (128, 128, 1)):
+            dilation = 3 - stride
             conv = nn.Conv2d(c_in, c_out, 3, stride, dilation, dilation, bias=False)
             layers += [conv, nn.GroupNorm(8, c_out), nn.ReLU()]
-        return nn.Sequential(nn.Sequential(*layers), pixelss.CAMHead(widths[-1], num_classes, dim=64))
-    backbone: Any
+        return nn.Sequential(nn.Sequential(*layers), pixelss.CAMHead(128, num_classes))
     if args.backbone == "resnet38":
         backbone = pixelss.resnet38(args.weights).freeze_stem()
     else:
-        local = {"file": str(args.weights)} if args.weights else None
-        backbone = pixelss.timm_backbone(
-            args.backbone, output_stride=16, pretrained=bool(local), pretrained_cfg_overlay=local
-        )
+        build = partial(pixelss.timm_backbone, args.backbone, output_stride=16)
+        local = {"file": str(args.weights)}
+        backbone = build(pretrained=True, pretrained_cfg_overlay=local) if args.weights else build()
     if args.weights:
-        freeze_norm(backbone)
+        pixelss.freeze_norm(backbone)
     return nn.Sequential(backbone, pixelss.CAMHead(backbone.out_channels, num_classes))
 
 
-def train(model: nn.Module, data: VOCFolder, args: argparse.Namespace, seed: int, row: str | None) -> None:
-    """Train in place: the baseline where `row` is None, else that row's losses on top of a converged baseline."""
-    use_rcm, use_mam = ROWS[row] if row else (False, False)
-    steps, start, lr = (args.iterations, args.warmup, args.lr) if row else (args.warmup, 0, args.warmup_lr)
-    head = list(model[-1].parameters())  # type: ignore[index]
-    body = [p for p in model[:-1].parameters() if p.requires_grad]  # type: ignore[index]
-    groups = [{"params": body, "lr": lr}, {"params": head, "lr": lr * (10 if args.weights and not row else 1)}]
-    optimizer = torch.optim.SGD(groups, momentum=0 if row else 0.9, weight_decay=5e-4)
+def train(model: nn.Sequential, data: VOCFolder, args: argparse.Namespace, seed: int, row: str) -> None:
+    """Train in place: the baseline from scratch, any other row with its losses on top of the converged baseline."""
+    first = row == "baseline"
+    steps, start, lr = (args.warmup, 0, args.warmup_lr) if first else (args.iterations, args.warmup, args.lr)
+    head_lr = lr * (10 if args.weights and first else 1)
+    groups = [{"params": model[:-1].parameters(), "lr": lr}, {"params": model[-1].parameters(), "lr": head_lr}]
+    optimizer = torch.optim.SGD(groups, momentum=0.9 if first else 0, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
 
     teacher = pixelss.EMATeacher(model)
-    region, rcl, mal = (
-        pixelss.ClassRegionMask(),
+    region, mal = pixelss.ClassRegionMask(), pixelss.MultiScaleAttentiveLoss()
+    rcl, bank = (
         pixelss.RegionalContrastiveLoss(form=args.form),
-        pixelss.MultiScaleAttentiveLoss(),
+        pixelss.PrototypeBank(len(data.classes)).to(args.device),
     )
-    bank = pixelss.PrototypeBank(len(data.classes), dim=model[-1].project.out_channels).to(args.device)  # type: ignore[index]
     model.train()
     torch.manual_seed(seed)
-    with ThreadPoolExecutor(1) as pool, tqdm(total=steps, desc=f"seed {seed} {row or 'baseline':9}", ncols=80) as bar:
+    with ThreadPoolExecutor(1) as pool, tqdm(total=steps, desc=f"seed {seed} {row:9}", ncols=80) as bar:
         upcoming = pool.submit(data.batch, seed, start, args)
         for step in range(start, start + steps):
             images, tags = upcoming.result()
             upcoming = pool.submit(data.batch, seed, step + 1, args)
-            images = images.to(args.device, memory_format=torch.channels_last)
-            labels = tags.to(args.device)
+            images, labels = images.to(args.device, memory_format=torch.channels_last), tags.to(args.device)
             student_out = pixelss.multi_scale_forward(model, images, scales=TRAIN_SCALES)
             loss = torch.stack([binary_cross_entropy_with_logits(o.logits, labels) for o in student_out]).mean()
-            if use_rcm or use_mam:
+            if "+" in row:
                 teacher_out = pixelss.multi_scale_forward(teacher, images, scales=TRAIN_SCALES)
-            if use_rcm:
+            if "RCM" in row:
                 mask = region(pixelss.msinf_cam([o.cam for o in teacher_out], labels), labels)
                 bank.update(teacher_out[1].features, mask)
                 loss = loss + rcl(student_out[1].features, mask, bank.prototypes, bank.filled)
-            if use_mam:
-                student_cams, teacher_cams = (
-                    [pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)
-                )
-                loss = loss + mal(student_cams, teacher_cams, tags)
+            if "MAM" in row:
+                cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
+                loss = loss + mal(*cams, tags)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -178,8 +173,7 @@ def train(model: nn.Module, data: VOCFolder, args: argparse.Namespace, seed: int
 @torch.no_grad()
 def infer(model: nn.Module, data: VOCFolder, stem: str, device: str) -> list[Tensor]:
     """The CAM of all scales together and of every single one, each with its flip, at the image's size."""
-    image = data.tensor(data.image(stem)).to(device)[None]
-    labels = data.labels[stem].to(device)[None]
+    image, labels = (x.to(device)[None] for x in (data.tensor(data.image(stem)), data.labels[stem]))
     outputs = pixelss.multi_scale_forward(model, torch.cat([image, image.flip(-1)]), scales=SCORE_SCALES)
     pairs = [[o.cam[:1], o.cam[1:].flip(-1)] for o in outputs]
     return [pixelss.msinf_cam(cams, labels) for cams in ([cam for pair in pairs for cam in pair], *pairs)]
@@ -201,70 +195,55 @@ def print_table(results: dict[str, list[list[float]]]) -> None:
     """Mean over the seeds, and half the range where there are several; fits 80 columns."""
     print(f"{'':9}{'mIoU':>9}{'prec.':>9}{'recall':>9}{'best t':>7}" + "".join(f"{f'x{s}':>9}" for s in SCORE_SCALES))
     for row, runs in results.items():
-        cells = []
-        for i, values in enumerate(zip(*runs, strict=True)):
-            mean, spread = statistics.fmean(values), (max(values) - min(values)) / 2
-            number = f"{mean:.2f}" if i == 3 else f"{mean:.1f}" + (f"±{spread:.1f}" if len(runs) > 1 else "")
-            cells.append(f"{number:>{7 if i == 3 else 9}}")
-        print(f"{row:9}" + "".join(cells))
+        columns = [(statistics.fmean(v), (max(v) - min(v)) / 2) for v in zip(*runs, strict=True)]
+        cells = [f"{mean:.1f}" + f"±{spread:.1f}" * (len(runs) > 1) for mean, spread in columns]
+        cells[3] = f"{columns[3][0]:.2f}"
+        print(f"{row:9}" + "".join(f"{cell:>{7 if i == 3 else 9}}" for i, cell in enumerate(cells)))
 
 
-def save_picture(models: dict[str, nn.Module], data: VOCFolder, args: argparse.Namespace) -> Path:
-    """Image, truth and the strongest CAM of every row, for the first four scored images with two classes or more."""
-    several = [stem for stem in data.scored[: args.score_images] if data.labels[stem].sum() > 1]
-    stems = (several + data.scored)[:4]
+def save_picture(models: dict[str, nn.Sequential], data: VOCFolder, args: argparse.Namespace) -> None:
+    """Image, truth and the strongest CAM of every row, for the four scored images of the most classes."""
+    stems = sorted(data.scored[: args.score_images], key=lambda stem: -data.labels[stem].sum().item())[:4]
     colours = np.array(palette(), dtype=np.uint8).reshape(256, 3)
-    figure, axes = plt.subplots(
-        len(stems), 2 + len(models), figsize=(1.8 * (2 + len(models)), 1.9 * len(stems)), squeeze=False
-    )
-    for axis in axes.flat:
-        axis.set_axis_off()
+    size = (1.8 * (2 + len(models)), 1.9 * len(stems))
+    figure, axes = plt.subplots(len(stems), 2 + len(models), figsize=size, squeeze=False)
     for stem, line in zip(stems, axes, strict=True):
         image = data.image(stem)
         line[0].imshow(image)
         line[1].imshow(colours[data.mask(stem).numpy()])
         for axis, model in zip(line[2:], models.values(), strict=True):
             axis.imshow(image.convert("L"), cmap="gray")
-            axis.imshow(
-                infer(model.eval(), data, stem, args.device)[0].amax((0, 1)).cpu(),
-                cmap="inferno",
-                alpha=0.7,
-                vmin=0,
-                vmax=1,
-            )
-    for axis, title in zip(axes[0], ("image", "truth", *models), strict=True):
+            cam = infer(model.eval(), data, stem, args.device)[0].amax((0, 1)).cpu()
+            axis.imshow(cam, cmap="inferno", alpha=0.7, vmin=0, vmax=1)
+    for axis, title in zip(axes.flat, ("image", "truth", *models), strict=False):
         axis.set_title(title)
+    for axis in axes.flat:
+        axis.set_axis_off()
     figure.tight_layout()
     figure.savefig(args.out / "quickstart.png", dpi=110)
-    return Path(args.out / "quickstart.png")
 
 
 def main() -> None:
     args = parse_args()
-    matplotlib.use("agg")
+    plt.switch_backend("agg")
     args.out.mkdir(parents=True, exist_ok=True)
-    mean, std = MEAN, STD
-    if args.backbone not in ("small", "resnet38"):
-        import timm
-
-        mean, std = (getattr(timm.get_pretrained_cfg(args.backbone), name) for name in ("mean", "std"))
-    data = VOCFolder(args.data or write_shapes(args.out / "shapes"), mean, std)
-    results: dict[str, list[list[float]]] = {row: [] for row in ("baseline", *ROWS)}
+    trained_on = timm.get_pretrained_cfg(args.backbone) or timm.models.PretrainedCfg()
+    data = VOCFolder(args.data or write_shapes(args.out / "shapes"), trained_on.mean, trained_on.std)
+    results: dict[str, list[list[float]]] = {row: [] for row in ROWS}
     for seed in args.seeds:
         torch.manual_seed(seed)
-        baseline = build_model(args, len(data.classes)).to(args.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        train(baseline, data, args, seed, None)
-        models = {"baseline": baseline}
+        models = {"baseline": build_model(args, len(data.classes)).to(args.device)}
         for row in ROWS:
-            models[row] = copy.deepcopy(baseline)
-            train(models[row], data, args, seed, row)
+            model = models.setdefault(row, copy.deepcopy(models["baseline"]))
+            train(model, data, args, seed, row)
         for row, model in models.items():
             results[row].append(score(model, data, args, f"score {row}"))
             torch.save(model.state_dict(), args.out / f"{row.strip('+')}_{seed}.pth")
-    setting = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    (args.out / "results.json").write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
+        report = {"setting": vars(args), "results": results}
+        (args.out / "results.json").write_text(json.dumps(report, indent=1, default=str))
     print_table(results)
-    print("picture:", save_picture(models, data, args))
+    save_picture(models, data, args)
+    print("picture:", args.out / "quickstart.png")
 
 
 if __name__ == "__main__":

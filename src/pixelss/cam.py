@@ -145,7 +145,7 @@ def multi_scale_forward(
 
     Args:
         model: maps images (B, 3, *, *) to a `CAMOutput`: student, teacher, wrapped or not.
-        images: the normalised batch I_m.
+        images: the normalised batch I_m; `model` sees its dtype and memory format.
         scales: factors of the image size; a side has `max(1, floor(H * scale + 1/2))` pixels.
 
     Shape:
@@ -173,7 +173,10 @@ def multi_scale_forward(
     for i, scale in enumerate(scales):
         check_number(f"scales[{i}]", scale, low=1e-3, high=1e3)
         size = max(1, int(H * scale + 0.5)), max(1, int(W * scale + 0.5))
-        output = model(resize(images, size).to(images.dtype))
+        scaled = resize(images, size).to(images.dtype)
+        if images.is_contiguous(memory_format=torch.channels_last):
+            scaled = scaled.contiguous(memory_format=torch.channels_last)
+        output = model(scaled)
         if not isinstance(output, CAMOutput):
             raise TypeError(
                 f"model must return a CAMOutput(features, cam, logits), but returned a {type(output).__name__}."

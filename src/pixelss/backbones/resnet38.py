@@ -183,7 +183,8 @@ def freeze_norm(module: ModuleT) -> ModuleT:
 
 
 def _stay_in_eval(norm: nn.Module, _: object) -> None:
-    norm.eval()
+    if norm.training:  # asked first, since torch.compile before 2.5 cannot trace the change
+        norm.eval()
 
 
 def resnet38(weights: str | os.PathLike[str] | None = None) -> ResNet38:
