@@ -116,11 +116,11 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Sequential:
             layers += [conv, nn.GroupNorm(8, c_out), nn.ReLU()]
         return nn.Sequential(nn.Sequential(*layers), pixelss.CAMHead(128, num_classes))
     if args.backbone == "resnet38":
-        backbone = pixelss.resnet38(args.weights).freeze_stem()
+        backbone = pixelss.resnet38(args.weights)
+        backbone = backbone.freeze_stem() if args.weights else backbone
     else:
         build = partial(pixelss.timm_backbone, args.backbone, output_stride=16)
-        local = {"file": str(args.weights)}
-        backbone = build(pretrained=True, pretrained_cfg_overlay=local) if args.weights else build()
+        backbone = build(pretrained=True, pretrained_cfg_overlay={"file": args.weights}) if args.weights else build()
     if args.weights:
         pixelss.freeze_norm(backbone)
     return nn.Sequential(backbone, pixelss.CAMHead(backbone.out_channels, num_classes))

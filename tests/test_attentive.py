@@ -269,6 +269,7 @@ def test_dissimilarity_and_target_refuse(function, name, value, error):
         ("labels", LABELS.to("meta"), ValueError),
         ("labels", [[1, 1, 1]] * 2, TypeError),
         ("reduction", "none", ValueError),
+        ("attentive", "false", ValueError),
     ],
 )
 def test_loss_refuses(name, value, error):
@@ -277,6 +278,7 @@ def test_loss_refuses(name, value, error):
         multi_scale_attentive_loss(**arguments)
 
 
-def test_module_refuses_a_reduction_at_the_latest_when_it_is_used():
-    with pytest.raises(ValueError, match="reduction"):
-        MultiScaleAttentiveLoss(reduction="none")([CAM], [CAM], LABELS)
+@pytest.mark.parametrize(("name", "value"), [("reduction", "none"), ("attentive", "false")])
+def test_module_refuses(name, value):
+    with pytest.raises(ValueError, match=name):
+        MultiScaleAttentiveLoss(**{name: value})

@@ -260,6 +260,8 @@ def test_normalize_cam_refuses_eps(eps):
         ("labels", LABELS.to("meta"), ValueError),
         ("size", (0, 4), ValueError),
         ("size", (4, -1), ValueError),
+        ("size", 4, ValueError),
+        ("size", RAW.shape, ValueError),
     ],
 )
 def test_msinf_cam_refuses(name, value, error):
@@ -298,6 +300,7 @@ def test_head_refuses_input(x, error):
         ("images", RAW.byte(), TypeError),
         ("images", None, TypeError),
         ("scales", (), ValueError),
+        ("scales", 1.0, ValueError),
         ("scales", (1.0, 0.0), ValueError),
         ("scales", (-0.5,), ValueError),
         ("scales", (nan,), ValueError),
@@ -310,3 +313,14 @@ def test_multi_scale_forward_refuses(name, value, error):
     arguments = {"model": Recorder().float(), "images": RAW, name: value}
     with pytest.raises(error, match=rf"\b{name}\b"):
         multi_scale_forward(**arguments)
+
+
+def test_multi_scale_forward_keeps_the_memory_format():
+    model = Recorder().float()
+    multi_scale_forward(model, RAW.contiguous(memory_format=torch.channels_last))
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in model.seen)
+
+
+def test_multi_scale_forward_keeps_the_dtype_of_the_images():
+    outs = multi_scale_forward(Recorder().bfloat16(), RAW.bfloat16())
+    assert all(out.cam.dtype == torch.float32 and out.cam.isfinite().all() for out in outs)

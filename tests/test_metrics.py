@@ -351,7 +351,7 @@ def test_sweep_input_errors() -> None:
 def test_settings_errors(metric: type) -> None:
     with pytest.raises(ValueError, match="num_classes must be at least 1"):
         metric(0)
-    with pytest.raises(TypeError, match="ignore_index must be a number"):
+    with pytest.raises(TypeError, match="ignore_index must be an int"):
         metric(2, ignore_index=None)
 
 

@@ -52,6 +52,15 @@ SIGNATURES = {
     "attentive_target": "(student, teacher, *, attentive=True)",
     "multi_scale_attentive_loss": "(student_cams, teacher_cams, labels, *, attentive=True, reduction='mean')",
     "MultiScaleAttentiveLoss": "(*, attentive=True, reduction='mean')",
+    "EMATeacher": "(student, momentum=0.997)",
+    "ConfusionMatrix": "(num_classes, *, ignore_index=255)",
+    "SegmentationScores": "(miou, iou, precision, recall)",
+    "ThresholdSweep": "(num_classes, *, thresholds=None, ignore_index=255)",
+    "SweepScores": "(thresholds, miou, precision, recall, best)",
+    "resnet38": "(weights=None)",
+    "load_resnet38": "(model, path)",
+    "LoadReport": "(loaded, skipped, missing)",
+    "timm_backbone": "(name, *, output_stride=8, pretrained=False, **kwargs)",
 }
 
 BLOCKS = {

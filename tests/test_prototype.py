@@ -271,7 +271,13 @@ def test_bank_refuses_another_device():
 
 @pytest.mark.parametrize(
     ("name", "value", "error"),
-    [("num_classes", 0, ValueError), ("num_classes", "2", TypeError), ("dim", 0, ValueError), ("dim", 4.0, TypeError)],
+    [
+        ("num_classes", 0, ValueError),
+        ("num_classes", "2", TypeError),
+        ("dim", 0, ValueError),
+        ("dim", 4.0, TypeError),
+        ("ignore_index", None, TypeError),
+    ],
 )
 def test_bank_refuses_settings(name, value, error):
     with pytest.raises(error, match=rf"\b{name}\b"):

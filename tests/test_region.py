@@ -205,6 +205,8 @@ def test_mask_refuses(name, value, error):
         ("mask", MASK.float(), TypeError),
         ("mask", MASK.bool(), TypeError),
         ("mask", MASK.to("meta"), ValueError),
+        ("ignore_index", None, TypeError),
+        ("ignore_index", 0.5, TypeError),
     ],
 )
 def test_direct_loss_refuses(name, value, error):

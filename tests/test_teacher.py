@@ -114,6 +114,22 @@ def test_momentum_0_copies_and_1_keeps_exactly(seed: int) -> None:
     assert teacher.momentum == 1.0
 
 
+def test_momentum_1_keeps_and_0_heals_where_a_side_is_not_finite() -> None:
+    student = nn.Linear(2, 2)
+    teacher = EMATeacher(nn.Sequential(student), momentum=1.0)
+    start = copy.deepcopy(teacher.state_dict())
+    with torch.no_grad():
+        student.weight.fill_(math.nan)
+    teacher.update(nn.Sequential(student))
+    assert_same(teacher.state_dict(), start)
+    teacher.update(nn.Sequential(student), momentum=0.5)
+    assert teacher.module[0].weight.isnan().all()
+    with torch.no_grad():
+        student.weight.fill_(1.0)
+    teacher.update(nn.Sequential(student), momentum=0.0)
+    assert torch.equal(teacher.module[0].weight, student.weight)
+
+
 def test_update_leaves_the_student_and_keeps_the_teachers_tensors() -> None:
     student = make_student()
     teacher = EMATeacher(student, 0.5)

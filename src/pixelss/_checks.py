@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+TAGS_HINT = "Tags are multi-hot over the foreground classes, without a background column."
+_CASTS = {
+    "floating": " Images? Divide by 255 and normalise.",
+    "integer": " Class scores? Take their argmax. A label map? Cast it by .long().",
+    "bool": " Compare it with a threshold first.",
+    "any": "",
+}
 
 
 def check_tensor(
@@ -24,9 +33,9 @@ def check_tensor(
         name: the argument's name, for the message.
         value: the tensor to check.
         axes: one letter a dimension, as in the notation table; only "B" and "P" may have size 0.
-        kind: "floating", "integer" (no bool), "bool" or "any".
+        kind: "floating", "integer" (no bool), "bool" or "any" (but complex).
         like: a tensor whose device `value` must share.
-        hint: the likely fix, added to the message.
+        hint: the likely fix of a wrong rank or size.
         **sizes: the size that a letter of `axes` must have.
 
     Raises:
@@ -35,7 +44,7 @@ def check_tensor(
     """
     fix = f" {hint}" if hint else ""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, but is a {type(value).__name__}.{fix}")
+        raise TypeError(f"{name} must be a torch.Tensor, but is of type {type(value).__name__}.")
     expected = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in axes)
     if value.ndim != len(axes):
         raise ValueError(f"{name} must have shape ({expected}), but has shape {tuple(value.shape)}.{fix}")
@@ -44,9 +53,11 @@ def check_tensor(
             was = f"has shape {tuple(value.shape)}: {axis} is {size}"
             raise ValueError(f"{name} must have shape ({expected}), but {was}.{fix}")
     if not _is_kind(value.dtype, kind):
-        raise TypeError(f"{name} must be of {kind} dtype, but is {value.dtype}.{fix}")
+        raise TypeError(f"{name} must be of {kind} dtype, but is {value.dtype}.{_CASTS[kind]}")
     if like is not None and value.device != like.device:
-        raise ValueError(f"{name} must lie on {like.device}, but lies on {value.device}.{fix}")
+        raise ValueError(
+            f"{name} must lie on {like.device}, but lies on {value.device}: move it, or what it meets, by .to(device)."
+        )
     return tuple(value.shape)
 
 
@@ -61,7 +72,7 @@ def check_cams(
 ) -> Tensor:
     """Raise unless `cams` holds one or more (B, N, H, W) that agree on the axes `shared`; returns the first."""
     if not isinstance(cams, (Sequence, Tensor)):
-        raise TypeError(f"{name} must be a sequence of tensors, one a scale, but is a {type(cams).__name__}.")
+        raise TypeError(f"{name} must be a sequence of tensors, one a scale, but is of type {type(cams).__name__}.")
     if len(cams) == 0:
         raise ValueError(f"{name} must hold one tensor a scale, but is empty.")
     for i, cam in enumerate(cams):
@@ -74,27 +85,32 @@ def check_cams(
 def _is_kind(dtype: torch.dtype, kind: str) -> bool:
     is_bool, is_floating = dtype == torch.bool, dtype.is_floating_point
     is_integer = not (is_bool or is_floating or dtype.is_complex)
-    return {"floating": is_floating, "integer": is_integer, "bool": is_bool, "any": True}[kind]
+    kinds = {"floating": is_floating, "integer": is_integer, "bool": is_bool, "any": not dtype.is_complex}
+    return kinds[kind]
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but is {value!r}.")
 
 
-def check_number(name: str, value: float, *, low: float, high: float, hint: str = "") -> None:
+def check_number(name: str, value: float, *, low: float, high: float) -> None:
     """Raise unless `value` is a number with low <= value <= high (NaN fails)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, but is a {type(value).__name__}.")
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, but is of type {type(value).__name__}.")
     if not low <= value <= high:
-        fix = f" {hint}" if hint else ""
-        raise ValueError(f"{name} must be between {low} and {high}, but is {value}.{fix}")
+        raise ValueError(f"{name} must be between {low} and {high}, but is {value}.")
+
+
+def check_integer(name: str, value: int) -> None:
+    """Raise unless `value` is an integer."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, but is of type {type(value).__name__}.")
 
 
 def check_count(name: str, value: int) -> None:
     """Raise unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, but is a {type(value).__name__}.")
+    check_integer(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, but is {value}.")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import einsum
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from pixelss._checks import check_cams, check_choice, check_tensor
+from pixelss._checks import TAGS_HINT, check_cams, check_choice, check_tensor
 from pixelss._resize import promote
 
 
@@ -71,7 +72,7 @@ def attentive_target(student: Tensor, teacher: Tensor, *, attentive: bool = True
     if not attentive:
         xi = torch.ones_like(xi)
     with torch.autocast(student.device.type, enabled=False):
-        return torch.einsum("psr,rphw->sphw", xi, promote(teacher)) / len(teacher)
+        return einsum(xi, promote(teacher), "p s r, r p h w -> s p h w") / len(teacher)
 
 
 def multi_scale_attentive_loss(
@@ -84,9 +85,9 @@ def multi_scale_attentive_loss(
 ) -> Tensor:
     """Return Eq. 8: the L1 distance of the student's CAMs to their `attentive_target`, summed over its scales.
 
-    Only the present (image, class) pairs are ever touched. They are gathered once, which waits for the device
-    unless `labels` lie on the CPU. The target carries no gradient. Table 1's ablations are settings: MAM as it
-    is; MMM with `attentive=False`; SMM with one student scale besides.
+    Only the present (image, class) pairs take part, but for the CAMs' gradient, which is dense. They are gathered
+    once, which waits for the device unless `labels` lie on the CPU. The target carries no gradient. Table 1's
+    ablations are settings: MAM as it is; MMM with `attentive=False`; SMM with one student scale besides.
 
     Args:
         student_cams: normalised CAMs, one tensor a student scale, all of one size.
@@ -114,19 +115,24 @@ def multi_scale_attentive_loss(
         tensor([[ True, False, False],
                 [False,  True,  True]])
     """
-    check_choice("reduction", reduction, ("mean", "sum"))
+    _check_settings(attentive, reduction)
     first = check_cams("student_cams", student_cams, shared="BNHW")
     B, N, H, W = first.shape
     check_cams("teacher_cams", teacher_cams, shared="BNHW", like=first, B=B, N=N, H=H, W=W)
     on_cpu = isinstance(labels, Tensor) and labels.device.type == "cpu"
-    check_tensor("labels", labels, "BN", kind="any", like=None if on_cpu else first, B=B, N=N)
-    present = (labels > 0).flatten().nonzero().flatten().to(first.device, non_blocking=True)
+    check_tensor("labels", labels, "BN", kind="any", like=None if on_cpu else first, hint=TAGS_HINT, B=B, N=N)
+    image, k = (labels > 0).nonzero().to(first.device, non_blocking=True).unbind(1)
     student, teacher = (
-        torch.stack([promote(cam).flatten(0, 1)[present] for cam in cams]).nan_to_num(0, 0, 0)
+        torch.stack([promote(cam[image, k]) for cam in cams]).nan_to_num(0, 0, 0)
         for cams in (student_cams, teacher_cams)
     )
     loss = (student - attentive_target(student, teacher, attentive=attentive)).abs().sum()
-    return loss if reduction == "sum" else loss / max(1, len(present) * H * W)
+    return loss if reduction == "sum" else loss / max(1, len(k) * H * W)
+
+
+def _check_settings(attentive: bool, reduction: str) -> None:
+    check_choice("attentive", attentive, (True, False))
+    check_choice("reduction", reduction, ("mean", "sum"))
 
 
 class MultiScaleAttentiveLoss(nn.Module):
@@ -142,6 +148,10 @@ class MultiScaleAttentiveLoss(nn.Module):
     Raises:
         TypeError, ValueError: as `multi_scale_attentive_loss`.
 
+    Reference:
+        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
+        Eq. 6-8.
+
     Example:
         >>> mal = MultiScaleAttentiveLoss()
         >>> cams = [torch.rand(2, 20, 16, 16)]
@@ -151,6 +161,7 @@ class MultiScaleAttentiveLoss(nn.Module):
 
     def __init__(self, *, attentive: bool = True, reduction: str = "mean") -> None:
         super().__init__()
+        _check_settings(attentive, reduction)
         self.attentive, self.reduction = attentive, reduction
 
     def forward(self, student_cams: Sequence[Tensor], teacher_cams: Sequence[Tensor], labels: Tensor) -> Tensor:

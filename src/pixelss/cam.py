@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pixelss._checks import check_cams, check_count, check_number, check_tensor
+from pixelss._checks import TAGS_HINT, check_cams, check_count, check_number, check_tensor
 from pixelss._resize import promote, resize
 
 
@@ -131,9 +131,12 @@ def msinf_cam(cams: Sequence[Tensor], labels: Tensor, *, size: tuple[int, int] |
         size = (first.shape[2], first.shape[3])
     else:
         first = check_cams("cams", cams, shared="BN")
+        if not isinstance(size, Sequence) or len(size) != 2:
+            raise ValueError(f"size must be a pair (H, W), but is {size}.")
         check_count("size[0]", size[0])
         check_count("size[1]", size[1])
-    check_tensor("labels", labels, "BN", kind="any", like=first, B=first.shape[0], N=first.shape[1])
+    B, N, _, _ = first.shape
+    check_tensor("labels", labels, "BN", kind="any", like=first, hint=TAGS_HINT, B=B, N=N)
     total = torch.stack([resize(cam.nan_to_num(0, 0, 0), size).relu() for cam in cams]).sum(0)
     return normalize_cam(total * (labels > 0)[:, :, None, None])
 
@@ -166,9 +169,9 @@ def multi_scale_forward(
         >>> middle.features.shape, large.features.shape, large.cam.shape
         (torch.Size([2, 16, 8, 8]), torch.Size([2, 16, 16, 16]), torch.Size([2, 4, 64, 64]))
     """
-    _, _, H, W = check_tensor("images", images, "BCHW")
-    if len(scales) == 0:
-        raise ValueError("scales must hold at least one factor, but is empty.")
+    _, _, H, W = check_tensor("images", images, "BCHW", hint="A single image? Pass images[None].")
+    if not isinstance(scales, Sequence) or len(scales) == 0:
+        raise ValueError(f"scales must be a sequence of one factor or more, but is {scales}.")
     outputs = []
     for i, scale in enumerate(scales):
         check_number(f"scales[{i}]", scale, low=1e-3, high=1e3)
@@ -179,7 +182,7 @@ def multi_scale_forward(
         output = model(scaled)
         if not isinstance(output, CAMOutput):
             raise TypeError(
-                f"model must return a CAMOutput(features, cam, logits), but returned a {type(output).__name__}."
+                f"model must return a CAMOutput(features, cam, logits), but returned type {type(output).__name__}."
                 " End it with a CAMHead, or wrap what it returns."
             )
         outputs.append(output._replace(cam=resize(output.cam, (H, W))))

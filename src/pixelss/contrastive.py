@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from einops import einsum
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from pixelss._checks import check_choice, check_number, check_tensor
+from pixelss._checks import check_choice, check_integer, check_number, check_tensor
 from pixelss._resize import promote, resize, resize_matrix
 
 
@@ -28,8 +29,10 @@ def regional_contrastive_loss(
     a weighted sum of inner products of neighbouring cells. A pixel with |x_p|^2 <= eps^2 (eps of the dtype) has
     z = 0 and no gradient. Float32 agrees with the literal way to 1e-5 for features >= 0, as `CAMHead` gives.
 
+    TF32, where the user allows it, rounds these products like any other.
+
     Args:
-        features: the student's pixel features X, of any size against the mask's.
+        features: the student's pixel features X, finite, of any size against the mask's.
         mask: class region mask in 0..N; `ignore_index`, values out of range and classes not `filled` are void.
         prototypes: one row a class, as `PrototypeBank.prototypes`.
         filled: the rows that exist, as `PrototypeBank.filled`; the others leave the denominator. None: all.
@@ -59,10 +62,7 @@ def regional_contrastive_loss(
     _, H, W = check_tensor("mask", mask, "BHW", kind="integer", like=features, B=B)
     hint = "One row a class (background first), as wide as the features."
     K, _ = check_tensor("prototypes", prototypes, "KD", like=features, hint=hint, D=D)
-    limits = torch.finfo(torch.float32)
-    check_number("temperature", temperature, low=limits.eps, high=limits.max)
-    check_choice("form", form, ("infonce", "ratio"))
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    _check_settings(temperature, form, reduction, ignore_index)
     if filled is None:
         filled = torch.ones(K, dtype=torch.bool, device=features.device)
     check_tensor("filled", filled, "K", kind="bool", like=features, K=K)
@@ -70,7 +70,7 @@ def regional_contrastive_loss(
     dtype = torch.promote_types(promote(features).dtype, promote(prototypes).dtype)
     features, prototypes = features.to(dtype), normalize(prototypes.to(dtype), dim=1)
     with torch.autocast(features.device.type, enabled=False):
-        products = torch.einsum("bdhw,kd->bkhw", features, prototypes)
+        products = einsum(features, prototypes, "b d h w, k d -> b k h w")
     square = _resized_square_norm(features, (H, W))[:, None]
     alive = square > torch.finfo(dtype).eps ** 2
     scale = torch.where(alive, torch.where(alive, square, 1).rsqrt(), 0) / temperature
@@ -86,6 +86,14 @@ def regional_contrastive_loss(
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / valid.sum().clamp(min=1)
+
+
+def _check_settings(temperature: float, form: str, reduction: str, ignore_index: int) -> None:
+    limits = torch.finfo(torch.float32)
+    check_number("temperature", temperature, low=limits.eps, high=limits.max)
+    check_choice("form", form, ("infonce", "ratio"))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_integer("ignore_index", ignore_index)
 
 
 def _resized_square_norm(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -124,6 +132,10 @@ class RegionalContrastiveLoss(nn.Module):
     Raises:
         TypeError, ValueError: as `regional_contrastive_loss`.
 
+    Reference:
+        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
+        Eq. 4-5.
+
     Example:
         >>> rcl = RegionalContrastiveLoss(form="ratio")
         >>> mask = torch.randint(0, 21, (2, 64, 64))
@@ -140,6 +152,7 @@ class RegionalContrastiveLoss(nn.Module):
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
+        _check_settings(temperature, form, reduction, ignore_index)
         self.temperature, self.form = temperature, form
         self.reduction, self.ignore_index = reduction, ignore_index
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pixelss._checks import check_count, check_number, check_tensor
+from pixelss._checks import check_count, check_integer, check_tensor
 from pixelss._distributed import sum_over_processes
 from pixelss._resize import promote
 
 # A CAM in [0, 1] may leave it by the rounding of bfloat16 or of a resize in TF32; a raw one leaves it by more.
-CAM_TOLERANCE = 0.01
+_CAM_TOLERANCE = 0.01
 
-DEVICE_HINT = "Inputs lie on the metric's device; .to(device) moves either."
+_DEVICE_HINT = "Inputs lie on the metric's device; .to(device) moves either."
 
 
 class SegmentationScores(NamedTuple):
@@ -63,6 +62,9 @@ class ConfusionMatrix(nn.Module):
         num_classes: K, every class that counts; with a background N + 1.
         ignore_index: the target's void value; such pixels count nowhere, whatever `pred` holds there.
 
+    Shape:
+        `update` takes (B, H, W) each; `compute` gives a scalar and (K,).
+
     Raises:
         TypeError, ValueError: settings of another type or value; see `update` for its own.
 
@@ -102,9 +104,9 @@ class ConfusionMatrix(nn.Module):
             TypeError, ValueError: tensors of another rank, size, dtype kind or device; a value out of range. The
                 counts are then as they were.
         """
-        hint = f"Class scores? Take their argmax over the class axis. {DEVICE_HINT}"
+        hint = f"Class scores? Take their argmax over the class axis. {_DEVICE_HINT}"
         B, H, W = check_tensor("pred", pred, "BHW", kind="integer", like=self.counts, hint=hint)
-        check_tensor("target", target, "BHW", kind="integer", like=pred, hint=DEVICE_HINT, B=B, H=H, W=W)
+        check_tensor("target", target, "BHW", kind="integer", like=pred, hint=_DEVICE_HINT, B=B, H=H, W=W)
         K = self.num_classes
         valid, target = _counted_pixels(target, K, self.ignore_index)
         pred = pred.long()[valid]
@@ -138,6 +140,9 @@ class ThresholdSweep(nn.Module):
         num_classes: foreground classes N; K = N + 1.
         thresholds: strictly ascending, each in [0, 1); None stands for 0, 0.01, ..., 0.60.
         ignore_index: the target's void value; such pixels count nowhere.
+
+    Shape:
+        `update` takes (B, N, H, W) and (B, H, W); `compute` gives (T,) each.
 
     Raises:
         TypeError, ValueError: settings of another type or value; see `update` for its own.
@@ -192,10 +197,10 @@ class ThresholdSweep(nn.Module):
                 in `cam`, not finite. The counts are then as they were.
         """
         N = self.num_classes
-        B, _, H, W = check_tensor("cam", cam, "BNHW", like=self.histogram, hint=DEVICE_HINT, N=N)
-        hint = f"Resize the CAM to the target's size. {DEVICE_HINT}"
+        B, _, H, W = check_tensor("cam", cam, "BNHW", like=self.histogram, hint=_DEVICE_HINT, N=N)
+        hint = f"Resize the CAM to the target's size. {_DEVICE_HINT}"
         check_tensor("target", target, "BHW", kind="integer", like=cam, hint=hint, B=B, H=H, W=W)
-        inside = (cam >= -CAM_TOLERANCE) & (cam <= 1 + CAM_TOLERANCE)
+        inside = (cam >= -_CAM_TOLERANCE) & (cam <= 1 + _CAM_TOLERANCE)
         _check_values("cam", cam, inside, "finite values in [0, 1]", "Raw CAM? Call normalize_cam first.")
         valid, target = _counted_pixels(target, N + 1, self.ignore_index)
         activation, best = (x[valid] for x in cam.detach().max(1))
@@ -226,7 +231,7 @@ class ThresholdSweep(nn.Module):
 
 def _check_settings(num_classes: int, ignore_index: int) -> None:
     check_count("num_classes", num_classes)
-    check_number("ignore_index", ignore_index, low=-math.inf, high=math.inf)
+    check_integer("ignore_index", ignore_index)
 
 
 def _scores(counts: Tensor) -> SegmentationScores:

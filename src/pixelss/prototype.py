@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from einops import einsum
 from torch import Tensor, nn
 
-from pixelss._checks import check_count, check_tensor
+from pixelss._checks import check_count, check_integer, check_tensor
 from pixelss._distributed import sum_over_processes
 from pixelss._resize import promote, resize_matrix
 
@@ -25,8 +26,8 @@ def class_prototypes(
         ignore_index: the mask's void value.
 
     Shape:
-        (B, D, h, w), (B, H, W) -> prototypes (B, K, D), zero for an empty region, and pixel counts (B, K);
-        float32 for half-precision features.
+        (B, D, h, w), (B, H, W) -> prototypes (B, K, D), zero for an empty region, in float32 for half-precision
+        features, and pixel counts (B, K), int64.
 
     Raises:
         TypeError, ValueError: arguments of another rank, size, dtype kind or device.
@@ -39,11 +40,12 @@ def class_prototypes(
         >>> features = torch.tensor([[[[1.0, 3.0]]]])
         >>> prototypes, counts = class_prototypes(features, torch.tensor([[[0, 1]]]), num_classes=1)
         >>> prototypes.squeeze(), counts.squeeze()
-        (tensor([1., 3.]), tensor([1., 1.]))
+        (tensor([1., 3.]), tensor([1, 1]))
     """
     B, _, h, w = check_tensor("features", features, "BDhw")
     _, H, W = check_tensor("mask", mask, "BHW", kind="integer", like=features, B=B)
     check_count("num_classes", num_classes)
+    check_integer("ignore_index", ignore_index)
     features, mask = promote(features), mask.long()
     classes = torch.arange(num_classes + 1, device=mask.device)[:, None, None]
     region = (mask[:, None] == classes) & (mask != ignore_index)[:, None]
@@ -54,16 +56,17 @@ def class_prototypes(
         if h != H:
             weights = resize_matrix(h, H, features).mT @ weights
         counts = region.sum((-2, -1))
-        sums = weights.flatten(2) @ features.flatten(2).mT
+        sums = einsum(weights, features, "b k h w, b d h w -> b k d")
     means = (sums / counts.clamp(min=1)[:, :, None]).where(counts[:, :, None] > 0, 0)
-    return means, counts.to(features.dtype)
+    return means, counts
 
 
 class PrototypeBank(nn.Module):
     """The latest prototype of every class: mean over the batch's images of their `class_prototypes`.
 
     A class without a pixel in the global batch keeps its row; so does one whose new row is not finite. Across
-    processes the sums and image counts are reduced, then divided, so every process holds the same bank.
+    processes the sums and image counts are reduced, then divided, so every process holds the same bank; it must lie
+    on a device that the process group reduces on.
 
     Args:
         num_classes: foreground classes N; K = N + 1 rows.
@@ -73,6 +76,9 @@ class PrototypeBank(nn.Module):
     Attributes:
         prototypes: (K, D), unnormalised.
         filled: (K,) bool, False until the class was seen once.
+
+    Shape:
+        `update` takes (B, D, h, w) and (B, H, W); see `class_prototypes`.
 
     Raises:
         TypeError, ValueError: as `class_prototypes`; features whose channels are not `dim`.
@@ -95,6 +101,7 @@ class PrototypeBank(nn.Module):
         super().__init__()
         check_count("num_classes", num_classes)
         check_count("dim", dim)
+        check_integer("ignore_index", ignore_index)
         self.num_classes, self.dim, self.ignore_index = num_classes, dim, ignore_index
         self.register_buffer("prototypes", torch.zeros(num_classes + 1, dim))
         self.register_buffer("filled", torch.zeros(num_classes + 1, dtype=torch.bool))

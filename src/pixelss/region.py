@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pixelss._checks import check_number, check_tensor
+from pixelss._checks import TAGS_HINT, check_integer, check_number, check_tensor
 from pixelss._resize import promote
 
 
@@ -36,7 +36,7 @@ def class_region_mask(cam: Tensor, labels: Tensor, *, threshold: float = 0.2) ->
         tensor([[[1, 2]]])
     """
     B, N, _, _ = check_tensor("cam", cam, "BNHW")
-    check_tensor("labels", labels, "BN", kind="any", like=cam, B=B, N=N)
+    check_tensor("labels", labels, "BN", kind="any", like=cam, hint=TAGS_HINT, B=B, N=N)
     check_number("threshold", threshold, low=0, high=1)
     cam = promote(cam).nan_to_num(0, 0, 0)
     activation, index = cam.where((labels > 0)[:, :, None, None], -1).max(1)
@@ -54,6 +54,10 @@ class ClassRegionMask(nn.Module):
 
     Raises:
         TypeError, ValueError: as `class_region_mask`.
+
+    Reference:
+        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
+        Eq. 1-2.
 
     Example:
         >>> region = ClassRegionMask(threshold=0.25)
@@ -80,7 +84,7 @@ def direct_loss(cam: Tensor, mask: Tensor, labels: Tensor, *, ignore_index: int 
 
     Per pixel the binary cross-entropy of CAM_k against [mask = k], averaged over every (present pair, valid
     pixel). The CAM is clamped to [eps, 1 - eps] of its dtype: its peak is exactly 1, where the logarithm
-    would be infinite.
+    would be infinite. A clamped value has no gradient of its own.
 
     Args:
         cam: the student's normalised CAMs in [0, 1]; a non-finite value counts as no activation.
@@ -105,7 +109,8 @@ def direct_loss(cam: Tensor, mask: Tensor, labels: Tensor, *, ignore_index: int 
     """
     B, N, H, W = check_tensor("cam", cam, "BNHW")
     check_tensor("mask", mask, "BHW", kind="integer", like=cam, B=B, H=H, W=W)
-    check_tensor("labels", labels, "BN", kind="any", like=cam, B=B, N=N)
+    check_tensor("labels", labels, "BN", kind="any", like=cam, hint=TAGS_HINT, B=B, N=N)
+    check_integer("ignore_index", ignore_index)
     cam, mask = promote(cam).nan_to_num(0, 0, 0), mask.long()
     eps = torch.finfo(cam.dtype).eps
     cam = cam.clamp(eps, 1 - eps)

@@ -78,10 +78,10 @@ class EMATeacher(nn.Module):
         check_number("momentum", alpha, low=0, high=1)
         with torch.no_grad():
             for theirs, ours in _pairs(dict(_named_tensors(student)), dict(_named_tensors(self.module))):
-                if ours.is_floating_point():
-                    ours.lerp_(theirs.to(ours.dtype), 1 - alpha)
-                else:
+                if alpha == 0 or not ours.is_floating_point():
                     ours.copy_(theirs)
+                elif alpha < 1:  # 1 keeps the teacher, from a student that is not finite too
+                    ours.lerp_(theirs.to(ours.dtype), 1 - alpha)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the averaged network, without gradient."""

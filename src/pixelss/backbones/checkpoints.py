@@ -52,6 +52,9 @@ def load_resnet38(model: nn.Module, path: str | os.PathLike[str]) -> LoadReport:
         ValueError: the file is damaged, ambiguous or of no known format, holds no tensor of ResNet38, or holds one
             of another shape, another kind of dtype or with a value that is not finite. The model is then unchanged.
 
+    Reference:
+        Wu et al., "Wider or Deeper: Revisiting the ResNet Model for Visual Recognition", who published the weights.
+
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> from pixelss.backbones.resnet38 import resnet38
@@ -80,7 +83,8 @@ def load_resnet38(model: nn.Module, path: str | os.PathLike[str]) -> LoadReport:
 
 
 def _find_resnet38(model: nn.Module) -> ResNet38:
-    found = [module for module in model.modules() if isinstance(module, ResNet38)]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [module for module in modules if isinstance(module, ResNet38)]
     if len(found) != 1:
         raise TypeError(
             f"model must contain exactly one ResNet38, but {type(model).__name__} contains {len(found)}: "
@@ -101,6 +105,8 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         raise ValueError(f"{path} is neither an MXNet, a torch nor a safetensors file: it begins with {head!r}.")
     try:
         content = _read_safetensors(path) if safe else _read_torch(path, zipped=head[:2] == b"PK")
+    except (ImportError, MemoryError):
+        raise
     except Exception as error:  # whatever a damaged pickle can raise
         first_line = str(error).partition("\n")[0]
         reader = "safetensors" if safe else "torch.load(weights_only=True)"

@@ -168,6 +168,9 @@ def freeze_norm(module: ModuleT) -> ModuleT:
     Returns:
         `module` itself.
 
+    Reference:
+        Ahn and Kwak, "Learning Pixel-level Semantic Affinity with Image-level Supervision", trains ResNet38 so.
+
     Example:
         >>> import torch
         >>> net = freeze_norm(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())).train()
@@ -196,6 +199,12 @@ def resnet38(weights: str | os.PathLike[str] | None = None) -> ResNet38:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or holds no tensor of ResNet38.
+
+    Shape:
+        The network maps as `ResNet38` does.
+
+    Reference:
+        Wu et al., "Wider or Deeper: Revisiting the ResNet Model for Visual Recognition", model A.
 
     Example:
         >>> import torch

@@ -46,6 +46,9 @@ def timm_backbone(name: str, *, output_stride: int = 8, pretrained: bool = False
             called, the network cannot take images of this size (the message tells which it takes).
         TypeError: the network does not know one of `kwargs`.
 
+    Reference:
+        Wightman, "PyTorch Image Models" (timm).
+
     Example:
         >>> net = timm_backbone("resnet18")
         >>> net.out_channels, net.stride
@@ -76,8 +79,8 @@ def timm_backbone(name: str, *, output_stride: int = 8, pretrained: bool = False
             return _TimmBackbone(net, name, settings)
         strides.update(reductions)
     given = ", ".join(map(str, sorted(strides))) + (" only" if len(strides) == 1 else "")
-    deepest = max(strides)
-    raise ValueError(f"{name} gives stride {given}; ask for output_stride={deepest} instead of {output_stride}.")
+    nearest = min(strides, key=lambda stride: abs(stride - output_stride))
+    raise ValueError(f"{name} gives stride {given}; ask for output_stride={nearest} instead of {output_stride}.")
 
 
 class _TimmBackbone(nn.Module):
@@ -97,7 +100,8 @@ class _TimmBackbone(nn.Module):
         self.fixed_size = to_2tuple(size) if fixed else None
 
     def forward(self, images: Tensor) -> Tensor:
-        _, _, H, W = check_tensor("images", images, "BCHW", C=self.in_channels)
+        weight = next(self.net.parameters())
+        _, _, H, W = check_tensor("images", images, "BCHW", like=weight, C=self.in_channels)
         try:
             (features,) = self.net(images)
             output: Tensor = features.permute(0, 3, 1, 2) if self.channels_last else features
@@ -106,6 +110,8 @@ class _TimmBackbone(nn.Module):
         except torch.cuda.OutOfMemoryError:
             raise
         except (AssertionError, RuntimeError) as error:
+            if images.dtype != weight.dtype:
+                raise
             if self.fixed_size not in (None, (H, W)):
                 fix = f"resize them to {self.fixed_size}, or build it with img_size=({H}, {W}) if it knows img_size"
             elif H % 32 or W % 32:
