@@ -101,7 +101,7 @@ def maps(draw: st.DrawFn) -> Maps:
 @st.composite
 def cams(draw: st.DrawFn) -> Cams:
     dtype, N, (B, H, W) = draw(st.sampled_from(FLOATS)), draw(st.integers(1, 3)), draw(sizes)
-    values = st.sampled_from([*THRESHOLDS, 1.0]) | st.floats(0, 1)
+    values = st.sampled_from([*THRESHOLDS, 1.0]) | st.floats(0, 1, allow_subnormal=False)
     cam = draw(arrays(np.float64, (B, N, H, W), elements=values))
     target = draw(arrays(np.int64, (B, H, W), elements=st.integers(0, N) | st.just(VOID)))
     return Cams(torch.from_numpy(cam).to(dtype), torch.from_numpy(target))

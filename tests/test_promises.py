@@ -66,8 +66,8 @@ SIGNATURES = {
 BLOCKS = {
     "normalize_cam": lambda b: normalize_cam(b.raw[2]),
     "msinf_cam": lambda b: msinf_cam(b.raw, b.labels, size=(6, 5)),
-    "class_region_mask": lambda b: class_region_mask(b.cam, b.labels),
-    "direct_loss": lambda b: direct_loss(b.cam, b.mask, b.labels),
+    "class_region_mask": lambda b: class_region_mask(b.student[0], b.labels),
+    "direct_loss": lambda b: direct_loss(b.student[0], b.mask, b.labels),
     "class_prototypes": lambda b: class_prototypes(b.features, b.mask, len(b.filled) - 1)[0],
     "infonce": lambda b: regional_contrastive_loss(b.features, b.mask, b.prototypes, filled=b.filled),
     "ratio": lambda b: regional_contrastive_loss(b.features, b.mask, b.prototypes, filled=b.filled, form="ratio"),

@@ -14,7 +14,7 @@ from pixelss import ClassRegionMask, class_region_mask, direct_loss
 
 dtypes = pytest.mark.parametrize("dtype", oracles.TOLERANCE)
 image_sizes = pytest.mark.parametrize("size", [target for _, target in SIZES.values()], ids=SIZES)
-thresholds = st.floats(0, 1)
+thresholds = st.floats(0, 1, allow_subnormal=False)
 
 
 # class_region_mask
