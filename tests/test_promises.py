@@ -60,6 +60,11 @@ SIGNATURES = {
     "resnet38": "(weights=None)",
     "load_resnet38": "(model, path)",
     "LoadReport": "(loaded, skipped, missing)",
+    "dense_crf": "(images, probs, *, iterations=10, gaussian=(3.0, 3.0), bilateral=(80.0, 13.0, 10.0))",
+    "DenseCRF": "(*, iterations=10, gaussian=(3.0, 3.0), bilateral=(80.0, 13.0, 10.0))",
+    "PermutohedralLattice": "(features)",
+    "label_probs": "(labels, num_classes, *, gt_prob=0.7, ignore_index=255)",
+    "background_score": "(cam, *, alpha)",
     "timm_backbone": "(name, *, output_stride=8, pretrained=False, **kwargs)",
 }
 

@@ -14,6 +14,7 @@ from pixelss.backbones.checkpoints import LoadReport, load_resnet38
 from pixelss.backbones.resnet38 import ResNet38, freeze_norm, resnet38
 from pixelss.cam import CAMHead, CAMOutput, msinf_cam, multi_scale_forward, normalize_cam
 from pixelss.contrastive import RegionalContrastiveLoss, regional_contrastive_loss
+from pixelss.crf import DenseCRF, PermutohedralLattice, background_score, dense_crf, label_probs
 from pixelss.metrics import ConfusionMatrix, SegmentationScores, SweepScores, ThresholdSweep
 from pixelss.prototype import PrototypeBank, class_prototypes
 from pixelss.region import ClassRegionMask, class_region_mask, direct_loss
@@ -29,9 +30,11 @@ __all__ = [
     "CAMOutput",
     "ClassRegionMask",
     "ConfusionMatrix",
+    "DenseCRF",
     "EMATeacher",
     "LoadReport",
     "MultiScaleAttentiveLoss",
+    "PermutohedralLattice",
     "PrototypeBank",
     "RegionalContrastiveLoss",
     "ResNet38",
@@ -39,10 +42,13 @@ __all__ = [
     "SweepScores",
     "ThresholdSweep",
     "attentive_target",
+    "background_score",
     "class_prototypes",
     "class_region_mask",
+    "dense_crf",
     "direct_loss",
     "freeze_norm",
+    "label_probs",
     "load_resnet38",
     "msinf_cam",
     "multi_scale_attentive_loss",

@@ -1,0 +1,368 @@
+"""Fully connected CRF: mean-field inference with Gaussian kernels on a permutohedral lattice, and its inputs."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
+
+from pixelss._checks import check_count, check_integer, check_number, check_tensor
+from pixelss._resize import promote
+
+_CLIP = 1e-5
+_SLACK = 1e-2  # what half precision and sums of scales may exceed [0, 1] by
+_LIMITS = torch.finfo(torch.float32)
+
+
+def dense_crf(
+    images: Tensor,
+    probs: Tensor,
+    *,
+    iterations: int = 10,
+    gaussian: tuple[float, float] | None = (3.0, 3.0),
+    bilateral: tuple[float, float, float] | None = (80.0, 13.0, 10.0),
+) -> Tensor:
+    """Return the class probabilities after mean-field inference of the fully connected CRF.
+
+    Starting from Q = softmax(log p), with p clipped to [1e-5, 1], every iteration is
+    Q = softmax(log p + sum over kernels of compat * D^-1/2 G D^-1/2 Q): G is the kernel's Gaussian filter on the
+    lattice, D its response to ones. The numbers are those of the C++ code (Potts compatibility, symmetric
+    normalisation). Half-precision probabilities are computed and returned in float32. The gradient reaches `probs`.
+
+    Consecutive equal images share one lattice: for several label sets of one image, pass `image.expand(S, -1, -1, -1)`.
+
+    Args:
+        images: RGB levels 0 to 255, of dtype uint8.
+        probs: class probabilities in [0, 1]; they need not sum to 1.
+        iterations: mean-field steps; 0 gives the clipped `probs`, normalised.
+        gaussian: (sxy in pixels, compat) of the smoothness kernel; None switches it off.
+        bilateral: (sxy in pixels, srgb in levels, compat) of the appearance kernel; None switches it off.
+
+    Shape:
+        (B, 3, H, W), (B, K, H, W) -> (B, K, H, W).
+
+    Raises:
+        TypeError, ValueError: arguments of another rank, size, dtype or device; a setting out of range; `probs`
+            outside [0, 1]; a scale so small that the lattice has no room.
+
+    Reference:
+        Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", 2011.
+
+    Example:
+        >>> images = torch.randint(0, 256, (2, 3, 24, 32), dtype=torch.uint8)
+        >>> probs = torch.rand(2, 21, 24, 32).softmax(dim=1)
+        >>> dense_crf(images, probs).argmax(dim=1).shape
+        torch.Size([2, 24, 32])
+    """
+    hint = "Images are RGB, one for every map of probabilities."
+    B, _, H, W = check_tensor("images", images, "BCHW", kind="any", hint=hint, C=3)
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be of dtype torch.uint8 (levels 0 to 255), but is {images.dtype}. Undo scaling.")
+    _, K, _, _ = check_tensor("probs", probs, "BKHW", like=images, hint=hint, B=B, H=H, W=W)
+    _check_settings(iterations, gaussian, bilateral)
+    probs = promote(probs)
+    if not ((probs >= -_SLACK) & (probs <= 1 + _SLACK)).all():
+        span = f"{probs.min().item():.4g} to {probs.max().item():.4g}"
+        raise ValueError(f"probs must lie in [0, 1], but ranges from {span}. Logits? Take their softmax(dim=1).")
+
+    log_p = probs.clamp(_CLIP, 1).log().flatten(2).mT
+    position = torch.stack(torch.meshgrid(_pixels(W, probs), _pixels(H, probs), indexing="xy"), dim=-1).view(-1, 2)
+    smoothness = [_kernel(position / gaussian[0], gaussian[1])] if gaussian else []
+    appearance: list[_Kernel] = []
+    results = []
+    for b in range(B):
+        if bilateral and (b == 0 or not torch.equal(images[b], images[b - 1])):
+            levels = images[b].flatten(1).mT.to(probs.dtype)
+            features = torch.cat([position / bilateral[0], levels / bilateral[1]], dim=1)
+            appearance = [_kernel(features, bilateral[2])]
+        results.append(_mean_field(log_p[b], smoothness + appearance, iterations))
+    return torch.stack(results).mT.reshape(B, K, H, W) if results else probs
+
+
+class DenseCRF(nn.Module):
+    """`dense_crf` with its settings.
+
+    Args:
+        iterations: mean-field steps.
+        gaussian: (sxy in pixels, compat) or None.
+        bilateral: (sxy in pixels, srgb in levels 0 to 255, compat) or None.
+
+    Shape:
+        (B, 3, H, W), (B, K, H, W) -> (B, K, H, W).
+
+    Raises:
+        TypeError, ValueError: as `dense_crf`.
+
+    Reference:
+        Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", 2011.
+
+    Example:
+        >>> crf = DenseCRF(iterations=1, bilateral=(32.0, 13.0, 10.0))
+        >>> images = torch.zeros(1, 3, 8, 9, dtype=torch.uint8)
+        >>> crf(images, torch.rand(1, 2, 8, 9)).shape
+        torch.Size([1, 2, 8, 9])
+    """
+
+    def __init__(
+        self,
+        *,
+        iterations: int = 10,
+        gaussian: tuple[float, float] | None = (3.0, 3.0),
+        bilateral: tuple[float, float, float] | None = (80.0, 13.0, 10.0),
+    ) -> None:
+        super().__init__()
+        _check_settings(iterations, gaussian, bilateral)
+        self.iterations, self.gaussian, self.bilateral = iterations, gaussian, bilateral
+
+    def forward(self, images: Tensor, probs: Tensor) -> Tensor:
+        """Return the probabilities after inference on uint8 images."""
+        return dense_crf(images, probs, iterations=self.iterations, gaussian=self.gaussian, bilateral=self.bilateral)
+
+    def extra_repr(self) -> str:
+        """Return the settings for the module's repr."""
+        return f"iterations={self.iterations}, gaussian={self.gaussian}, bilateral={self.bilateral}"
+
+
+class PermutohedralLattice:
+    """Gaussian filter of unit standard deviation in a feature space, in time linear in the points.
+
+    Points are splatted with barycentric weights onto the d + 1 corners of their simplex, corners are blurred by
+    [1/2, 1, 1/2] along the d + 1 axes, and points read back, times 1 / (1 + 2^-d). Not normalised: divide by the
+    response to ones, or as `dense_crf` does. Build it once; `filter` any values at the same points.
+
+    Args:
+        features: the points, finite, each coordinate divided by the standard deviation wanted along it.
+
+    Shape:
+        (P, d); `filter` takes (P, C) -> (P, C).
+
+    Raises:
+        TypeError, ValueError: arguments of another rank, size, dtype kind or device; no point; features that are not
+            finite, or span so many cells that their keys do not fit 63 bits.
+
+    Reference:
+        Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice", 2010.
+
+    Example:
+        >>> lattice = PermutohedralLattice(torch.rand(50, 5))
+        >>> values = torch.rand(50, 3)
+        >>> (lattice.filter(values) / lattice.filter(torch.ones(50, 1))).shape
+        torch.Size([50, 3])
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        P, d = check_tensor("features", features, "Pd")
+        if P == 0:
+            raise ValueError(f"features must hold at least one point, but has shape {tuple(features.shape)}.")
+        features = promote(features.detach())
+        if not features.isfinite().all():
+            raise ValueError("features must be finite, but has NaN or infinite values.")
+        with torch.no_grad():
+            corner, rank, weights = _enclosing_simplex(features)
+            keys, shifts = _pack_keys(corner[:d].long(), rank[:d])
+            ordered, order = keys.flatten().sort()
+            cells, position, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
+        M = len(cells)
+        total = ordered.new_full((1,), ordered.numel())
+        self.splat_offsets = torch.cat([counts.cumsum(0) - counts, total, total])  # one more bag, empty: row M is 0
+        self.splat_points, self.splat_weights = order % P, weights.flatten()[order]
+        self.slice_cells = torch.empty_like(order).index_put_((order,), position).view(d + 1, P).mT.contiguous()
+        self.slice_weights = weights.mT.contiguous() / (1 + 2.0**-d)
+        self.blur_cells = torch.stack([_neighbours(cells, shift) for shift in shifts])
+        self.blur_weights = weights.new_tensor([1.0, 0.5, 0.5]).repeat(M + 1, 1)
+
+    def filter(self, values: Tensor) -> Tensor:
+        """Return the filtered values, (P, C) -> (P, C), differentiable, in float32 for half precision."""
+        hint = "One row a point of the features."
+        check_tensor("values", values, "PC", like=self.slice_weights, hint=hint, P=len(self.slice_cells))
+        filtered: Tensor = _Filter.apply(promote(values), self, False)
+        return filtered
+
+
+class _Filter(torch.autograd.Function):
+    """The filter is slice @ blur @ splat; its transpose is the same with the axes' order reversed."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, lattice: PermutohedralLattice, reverse: bool) -> Tensor:
+        ctx.lattice, ctx.reverse = lattice, reverse
+        splat, blur, cut = (
+            w.to(values.dtype) for w in (lattice.splat_weights, lattice.blur_weights, lattice.slice_weights)
+        )
+        table = embedding_bag(
+            lattice.splat_points,
+            values.contiguous(),
+            lattice.splat_offsets,
+            mode="sum",
+            per_sample_weights=splat,
+            include_last_offset=True,
+        )
+        for cells in lattice.blur_cells.flip(0) if reverse else lattice.blur_cells:
+            table = embedding_bag(cells, table, mode="sum", per_sample_weights=blur)
+        return embedding_bag(lattice.slice_cells, table, mode="sum", per_sample_weights=cut)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad: Tensor = _Filter.apply(grads[0], ctx.lattice, not ctx.reverse)
+        return grad, None, None
+
+
+def _enclosing_simplex(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return remainder-0 corner, ranks and barycentric weights, each (d + 1, P), of the simplex around every point."""
+    d = features.shape[1]
+    total = torch.zeros_like(features[:, 0])
+    elevated = [total] * (d + 1)
+    for j in range(d, 0, -1):
+        # In this order, as the C++ code: a sum rounded otherwise may fall into another simplex.
+        scaled = features[:, j - 1] * ((2 / 3) ** 0.5 * (d + 1) / (j * (j + 1)) ** 0.5)
+        elevated[j] = total - j * scaled
+        total = total + scaled
+    elevated[0] = total
+    point = torch.stack(elevated)
+    down, up = (point / (d + 1)).floor() * (d + 1), (point / (d + 1)).ceil() * (d + 1)
+    corner = torch.where(up - point < point - down, up, down)
+    rest = point - corner
+    first = torch.ones(d + 1, d + 1, dtype=torch.bool, device=features.device).tril(-1)[:, :, None]
+    before = (rest > rest[:, None]) | ((rest == rest[:, None]) & first)
+    rank = before.sum(1) + (corner.sum(0) / (d + 1)).round().long()
+    wrap = (d + 1) * ((rank < 0).long() - (rank > d).long())
+    rank, corner = rank + wrap, corner + wrap
+    rest = torch.empty_like(rest).scatter_(0, d - rank, (point - corner) / (d + 1))
+    weights = rest - rest.roll(1, 0)
+    weights[0] += 1
+    return corner, rank, weights
+
+
+def _pack_keys(corner: Tensor, rank: Tensor) -> tuple[Tensor, list[int]]:
+    """Return one int64 for each corner of each simplex (d + 1, P), and what a step along each axis adds to it."""
+    d = len(corner)
+    margin = 2 * (d + 1)  # room for the other corners and their neighbours: no two cells share a key
+    lowest, highest = corner.amin(1) - margin, corner.amax(1) + margin
+    spans = (highest - lowest + 1).tolist()
+    if prod(spans) >= 2**63:
+        raise ValueError(
+            f"features must span few enough cells that their keys fit 63 bits, but span {spans}: "
+            "divide them by larger scales (sxy, srgb)."
+        )
+    strides = [prod(spans[:k]) for k in range(d)]
+    stride = torch.tensor(strides, device=corner.device)[:, None]
+    origin = ((corner - lowest[:, None]) * stride).sum(0)
+    keys = [origin + r * sum(strides) - (d + 1) * (stride * (rank > d - r)).sum(0) for r in range(d + 1)]
+    return torch.stack(keys), [(d + 1) * s - sum(strides) for s in [*strides, 0]]
+
+
+def _neighbours(cells: Tensor, shift: int) -> Tensor:
+    """Return rows (M + 1, 3): the cell and its two neighbours, M where there is none."""
+    M = len(cells)
+    wanted = torch.stack([cells, cells + shift, cells - shift], dim=1)
+    found = torch.searchsorted(cells, wanted).clamp(max=M - 1)
+    rows = found.where(cells[found] == wanted, M)
+    return torch.cat([rows, rows.new_full((1, 3), M)])
+
+
+class _Kernel(NamedTuple):
+    lattice: PermutohedralLattice
+    scale: Tensor  # (P, 1)
+    compat: float
+
+
+def _kernel(features: Tensor, compat: float) -> _Kernel:
+    lattice = PermutohedralLattice(features)
+    return _Kernel(lattice, (lattice.filter(features.new_ones(len(features), 1)) + 1e-20).rsqrt(), compat)
+
+
+def _mean_field(log_p: Tensor, kernels: list[_Kernel], iterations: int) -> Tensor:
+    """Return Q (P, K) after `iterations` steps."""
+    q = log_p.softmax(1)
+    for _ in range(iterations):
+        messages = [compat * scale * lattice.filter(scale * q) for lattice, scale, compat in kernels]
+        q = sum(messages, start=log_p).softmax(1)
+    return q
+
+
+def _pixels(size: int, like: Tensor) -> Tensor:
+    return torch.arange(size, dtype=like.dtype, device=like.device)
+
+
+def _check_settings(
+    iterations: int, gaussian: tuple[float, float] | None, bilateral: tuple[float, float, float] | None
+) -> None:
+    check_integer("iterations", iterations)
+    if iterations < 0:
+        raise ValueError(f"iterations must be at least 0, but is {iterations}.")
+    parts = {"gaussian": (gaussian, ("sxy", "compat")), "bilateral": (bilateral, ("sxy", "srgb", "compat"))}
+    for name, (kernel, settings) in parts.items():
+        if kernel is None:
+            continue
+        if not isinstance(kernel, (tuple, list)) or len(kernel) != len(settings):
+            raise ValueError(f"{name} must be None or ({', '.join(settings)}), but is {kernel!r}.")
+        for setting, value in zip(settings, kernel, strict=True):
+            check_number(f"{name} {setting}", value, low=0 if setting == "compat" else _LIMITS.tiny, high=_LIMITS.max)
+
+
+def label_probs(labels: Tensor, num_classes: int, *, gt_prob: float = 0.7, ignore_index: int = 255) -> Tensor:
+    """Return probabilities that trust a label map: `gt_prob` at the label, the rest shared by the other classes.
+
+    Uniform at `ignore_index` and at values outside 0..N.
+
+    Args:
+        labels: class of every pixel, 0 the background.
+        num_classes: N, the foreground classes.
+        gt_prob: confidence in the labels.
+        ignore_index: void value, even where it lies in 0..N.
+
+    Shape:
+        (B, H, W) -> (B, N + 1, H, W), float32.
+
+    Raises:
+        TypeError, ValueError: labels of another rank or dtype kind; a setting out of range.
+
+    Reference:
+        Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", 2011.
+
+    Example:
+        >>> label_probs(torch.tensor([[[0, 2, 255]]]), 3, gt_prob=0.7)[0, :, 0].mT
+        tensor([[0.7000, 0.1000, 0.1000, 0.1000],
+                [0.1000, 0.1000, 0.7000, 0.1000],
+                [0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    check_tensor("labels", labels, "BHW", kind="integer")
+    check_count("num_classes", num_classes)
+    check_number("gt_prob", gt_prob, low=0, high=1)
+    check_integer("ignore_index", ignore_index)
+    label = labels.long()[:, None]
+    classes = torch.arange(num_classes + 1, device=labels.device)[:, None, None]
+    probs = torch.full(classes.shape, (1 - gt_prob) / num_classes, device=labels.device)
+    probs = probs.where(label != classes, gt_prob)
+    valid = (label != ignore_index) & (label >= 0) & (label <= num_classes)
+    return probs.where(valid, 1 / (num_classes + 1))
+
+
+def background_score(cam: Tensor, *, alpha: float) -> Tensor:
+    """Return the background's score (1 - max over the classes)^alpha; a non-finite CAM value is no activation.
+
+    Args:
+        cam: normalised CAMs in [0, 1], foreground classes alone.
+        alpha: the larger, the less background.
+
+    Shape:
+        (B, N, H, W) -> (B, 1, H, W).
+
+    Raises:
+        TypeError, ValueError: CAMs of another rank or dtype kind; `alpha` out of range.
+
+    Reference:
+        Ahn and Kwak, "Learning Pixel-level Semantic Affinity with Image-level Supervision for Weakly Supervised
+        Semantic Segmentation", 2018, Eq. 2.
+
+    Example:
+        >>> cam = torch.tensor([0.5, 0.25]).view(1, 2, 1, 1)
+        >>> background_score(cam, alpha=2).item()
+        0.25
+    """
+    check_tensor("cam", cam, "BNHW")
+    check_number("alpha", alpha, low=0, high=_LIMITS.max)
+    strongest = promote(cam).where(cam.isfinite(), 0).amax(1, keepdim=True)
+    return (1 - strongest.clamp(0, 1)) ** alpha
