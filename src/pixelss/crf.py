@@ -158,8 +158,13 @@ class PermutohedralLattice:
         if P == 0:
             raise ValueError(f"features must hold at least one point, but has shape {tuple(features.shape)}.")
         features = promote(features.detach())
-        if not features.isfinite().all():
-            raise ValueError("features must be finite, but has NaN or infinite values.")
+        limit = 0.01 / torch.finfo(features.dtype).eps  # beyond, rounding eats the barycentric weights
+        if not (features.abs() <= limit).all():
+            largest = features.abs().max().item()
+            raise ValueError(
+                f"features must be finite and within +-{limit:.3g}, but reach {largest:.3g}: "
+                "divide them by larger scales (sxy, srgb)."
+            )
         with torch.no_grad():
             corner, rank, weights = _enclosing_simplex(features)
             keys, shifts = _pack_keys(corner[:d].long(), rank[:d])

@@ -1,0 +1,524 @@
+from __future__ import annotations
+
+import os
+import re
+from itertools import product
+from math import inf, nan
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pixelss import DenseCRF, PermutohedralLattice, background_score, crf, dense_crf, label_probs
+
+# Outputs of the C++ code; the file holds a photograph and is no part of the repository.
+GOLDEN = Path(
+    os.environ.get("PIXELSS_CRF_GOLDEN", Path(__file__).parent.parent.parent / "shared" / "golden" / "crf_golden.npz")
+)
+golden = pytest.mark.skipif(not GOLDEN.exists(), reason=f"no {GOLDEN.name}: set PIXELSS_CRF_GOLDEN to its path")
+
+
+def make(
+    seed: int = 0, *, B: int = 1, K: int = 3, H: int = 5, W: int = 6, dtype=torch.float64
+) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (B, 3, H, W), generator=g, dtype=torch.uint8)
+    return images, (2 * torch.randn(B, K, H, W, generator=g, dtype=torch.float64)).softmax(1).to(dtype)
+
+
+def normalised(probs: Tensor) -> Tensor:
+    clipped = probs.clamp(1e-5, 1)
+    return clipped / clipped.sum(1, keepdim=True)
+
+
+seeds = st.integers(0, 10_000)
+inputs = st.builds(make, seeds, B=st.integers(1, 3), K=st.integers(1, 4), H=st.integers(1, 6), W=st.integers(1, 6))
+KERNELS = [
+    {},
+    {"gaussian": None},
+    {"bilateral": None},
+    {"gaussian": (1.5, 2), "bilateral": (5.0, 30.0, 4.0)},
+]
+kernels = pytest.mark.parametrize("kernels", KERNELS, ids=str)
+any_kernels = st.sampled_from(KERNELS)
+
+
+# the C++ code
+
+
+@golden
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        *(
+            (f"q_b{sxy}_{srgb}_10_t{t}", {"bilateral": (float(sxy), float(srgb), 10.0), "iterations": t})
+            for sxy, srgb, t in product((80, 50, 20), (13, 5), (1, 10))
+            if (sxy, srgb) in ((80, 13), (50, 5), (20, 13))
+        ),
+        ("q_gauss_only_t5", {"bilateral": None, "iterations": 5}),
+    ],
+)
+def test_equals_the_c_code(key, settings, device):
+    with np.load(GOLDEN) as data:
+        images, probs, expected = (torch.from_numpy(data[name]) for name in ("img", "p", key))
+    actual = dense_crf(images.permute(2, 0, 1)[None].to(device), probs[None].to(device), **settings)
+    torch.testing.assert_close(actual[0].cpu(), expected, rtol=0, atol=1e-4)
+
+
+@golden
+@pytest.mark.parametrize(("labels", "shift", "N"), [("lab", 0, 3), ("lab_unsure", 1, 4)])
+def test_label_probs_equal_the_c_code(labels, shift, N):
+    with np.load(GOLDEN) as data:
+        values = torch.from_numpy(data[labels]) - shift  # "unsure" is -1: out of range
+        expected = torch.from_numpy(data[f"unary_from_labels{'_unsure' * shift}_gt0.7"])
+    torch.testing.assert_close(-label_probs(values[None], N)[0].log(), expected)
+
+
+# the lattice
+
+
+def slow_lattice(features: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The paper, section 3, one point and one corner at a time; corners are full (d + 1)-tuples in a dict."""
+    d = features.shape[1]
+    elevation = np.zeros((d + 1, d))
+    for j in range(d):
+        elevation[: j + 1, j], elevation[j + 1, j] = 1, -(j + 1)
+        elevation[:, j] *= np.sqrt(2 / 3) * (d + 1) / np.sqrt((j + 1) * (j + 2))
+    corners, cells = [], {}
+    for point, value in zip(features @ elevation.T, values, strict=True):
+        below = np.floor(point / (d + 1)) * (d + 1)
+        nearest = np.where(point - below > (d + 1) / 2, below + d + 1, below)
+        order = np.argsort(-(point - nearest), kind="stable")
+        excess = round(nearest.sum() / (d + 1))
+        if excess > 0:
+            nearest[order[d + 1 - excess :]] -= d + 1
+        elif excess < 0:
+            nearest[order[:-excess]] += d + 1
+        order = np.roll(order, excess)
+        vertices = []
+        for r in range(d + 1):
+            vertex = nearest + r
+            vertex[order[d + 1 - r :]] -= d + 1
+            vertices.append(vertex)
+        system = np.vstack([np.array(vertices).T, np.ones(d + 1)])
+        weights = np.linalg.lstsq(system, np.append(point, 1), rcond=None)[0]
+        assert weights.min() > -1e-9
+        keys = [tuple(vertex.round().astype(int)) for vertex in vertices]
+        corners.append(list(zip(keys, weights, strict=True)))
+        for key, weight in corners[-1]:
+            cells[key] = cells.get(key, 0) + weight * value
+    for axis in range(d + 1):
+        step = np.full(d + 1, -1)
+        step[axis] = d
+        cells = {
+            key: cell + sum(cells.get(tuple(np.array(key) + sign * step), 0) for sign in (1, -1)) / 2
+            for key, cell in cells.items()
+        }
+    return np.array([sum(w * cells[key] for key, w in point) for point in corners]) / (1 + 2.0**-d)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 5])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 30.0])
+def test_lattice_equals_the_slow_one(d, spread, device):
+    g = torch.Generator().manual_seed(d)
+    features = spread * torch.randn(40, d, generator=g, dtype=torch.float64)
+    values = torch.rand(40, 3, generator=g, dtype=torch.float64)
+    expected = torch.from_numpy(slow_lattice(features.numpy(), values.numpy()))
+    actual = PermutohedralLattice(features.to(device)).filter(values.to(device))
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-9, atol=1e-9)
+    actual = PermutohedralLattice(features.float().to(device)).filter(values.float().to(device))
+    torch.testing.assert_close(actual.cpu(), expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("d", [2, 5])
+def test_lattice_is_near_the_gaussian(d):
+    g = torch.Generator().manual_seed(0)
+    features = torch.rand(400, d, generator=g) * torch.tensor([4.0, 4.0, 1.0, 1.0, 1.0])[:d]
+    values = features.sin()
+    gaussian = (-torch.cdist(features, features).square() / 2).exp()
+    expected = gaussian @ values / gaussian.sum(1, keepdim=True)
+    lattice = PermutohedralLattice(features)
+    actual = lattice.filter(values) / lattice.filter(torch.ones(400, 1))
+    error = (actual - expected).square().mean().sqrt()
+    assert error < 0.06
+    assert error < 0.25 * (values - expected).square().mean().sqrt()  # values left alone are not near
+
+
+@pytest.mark.parametrize("d", [2, 5])
+def test_lattice_gradcheck(d):
+    lattice = PermutohedralLattice(torch.randn(7, d, dtype=torch.float64))
+    values = torch.rand(7, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lattice.filter, values)
+    assert torch.autograd.gradgradcheck(lambda x: lattice.filter(x).square(), values)
+
+
+@given(seed=seeds, d=st.integers(1, 5), factor=st.floats(-3, 3))
+def test_lattice_is_linear_and_positive(seed, d, factor):
+    g = torch.Generator().manual_seed(seed)
+    lattice = PermutohedralLattice(3 * torch.randn(20, d, generator=g))
+    one, two = torch.rand(2, 20, 2, generator=g, dtype=torch.float64)
+    torch.testing.assert_close(
+        lattice.filter(one + factor * two), lattice.filter(one) + factor * lattice.filter(two), rtol=1e-6, atol=1e-6
+    )
+    assert (lattice.filter(one) >= 0).all()
+
+
+def test_lattice_of_far_points_does_not_mix():
+    lattice = PermutohedralLattice(torch.tensor([[0.1, 0.2], [5000.0, -5000.0]]))
+    mixed = lattice.filter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert mixed[0, 1] == mixed[1, 0] == 0
+    assert mixed[0, 0] > 0
+
+
+# mean field
+
+
+def slow_kernel(features: np.ndarray, q: Tensor) -> Tensor:
+    scale = 1 / np.sqrt(slow_lattice(features, np.ones((len(q), 1))) + 1e-20)
+    return torch.from_numpy(scale * slow_lattice(features, scale * q.numpy()))
+
+
+@kernels
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+def test_crf_equals_the_slow_one(kernels, iterations, device):
+    images, probs = make()
+    settings = {"gaussian": (3.0, 3.0), "bilateral": (80.0, 13.0, 10.0)} | kernels
+    position = np.array([(x, y) for y in range(5) for x in range(6)], dtype=float)
+    level = images[0].flatten(1).T.double().numpy()
+    log_p = probs[0].flatten(1).T.clamp(1e-5, 1).log()
+    q = log_p.softmax(1)
+    for _ in range(iterations):
+        message = torch.zeros_like(q)
+        if settings["gaussian"]:
+            sxy, compat = settings["gaussian"]
+            message += compat * slow_kernel(position / sxy, q)
+        if settings["bilateral"]:
+            sxy, srgb, compat = settings["bilateral"]
+            message += compat * slow_kernel(np.hstack([position / sxy, level / srgb]), q)
+        q = (log_p + message).softmax(1)
+    actual = dense_crf(images.to(device), probs.to(device), iterations=iterations, **kernels).cpu()
+    torch.testing.assert_close(actual[0].flatten(1).T, q, rtol=1e-6, atol=1e-6)
+
+
+@given(batch=inputs, kernels=any_kernels, iterations=st.integers(0, 3))
+def test_probabilities_sum_to_one(batch, kernels, iterations):
+    q = dense_crf(*batch, iterations=iterations, **kernels)
+    assert q.shape == batch[1].shape
+    assert (q >= 0).all()
+    torch.testing.assert_close(q.sum(1), torch.ones_like(q[:, 0]))
+
+
+@given(batch=inputs, kernels=any_kernels, data=st.data())
+def test_permuting_classes_permutes_results(batch, kernels, data):
+    images, probs = batch
+    order = data.draw(st.permutations(range(probs.shape[1])))
+    torch.testing.assert_close(
+        dense_crf(images, probs[:, order], **kernels), dense_crf(images, probs, **kernels)[:, order]
+    )
+
+
+@given(batch=inputs, kernels=any_kernels, factor=st.floats(0.1, 0.9))
+def test_a_factor_common_to_the_classes_does_not_matter(batch, kernels, factor):
+    images, probs = batch
+    probs = 0.5 * probs + 0.2  # away from the clip
+    factors = factor * torch.linspace(1, 0.5, probs[0, 0].numel(), dtype=probs.dtype).view(probs.shape[-2:])
+    torch.testing.assert_close(dense_crf(images, factors * probs, **kernels), dense_crf(images, probs, **kernels))
+
+
+@given(batch=inputs, kernels=any_kernels)
+def test_no_iteration_or_no_kernel_gives_the_normalised_probs(batch, kernels):
+    torch.testing.assert_close(dense_crf(*batch, iterations=0, **kernels), normalised(batch[1]))
+    torch.testing.assert_close(dense_crf(*batch, gaussian=None, bilateral=None), normalised(batch[1]))
+
+
+@given(batch=inputs, kernels=any_kernels)
+def test_batch_equals_single_images(batch, kernels):
+    images, probs = batch
+    single = [dense_crf(image[None], p[None], **kernels) for image, p in zip(images, probs, strict=True)]
+    torch.testing.assert_close(dense_crf(images, probs, **kernels), torch.cat(single))
+
+
+@given(seed=seeds, kernels=any_kernels, level=st.integers(0, 255), K=st.integers(2, 4))
+def test_everywhere_the_same_stays_with_its_class(seed, kernels, level, K):
+    _, probs = make(seed, K=K, H=1, W=1)
+    q = dense_crf(torch.full((1, 3, 4, 6), level, dtype=torch.uint8), probs.expand(1, K, 4, 6), **kernels)
+    assert (q.argmax(1) == probs.argmax(1)).all()
+    assert (q.amax(1) >= probs.amax(1) - 1e-4).all()
+    even = torch.full((1, K, 4, 6), 1 / K)
+    q = dense_crf(torch.full((1, 3, 4, 6), level, dtype=torch.uint8), even, **kernels)
+    torch.testing.assert_close(q, even)
+
+
+def test_labels_follow_the_edges_of_the_image():
+    images = torch.full((1, 3, 12, 16), 40, dtype=torch.uint8)
+    images[..., 8:] = 200
+    probs = torch.full((1, 2, 12, 16), 0.4)
+    probs[:, 0, :, :6], probs[:, 1, :, 6:] = 0.6, 0.6  # two columns off the edge
+    refined = dense_crf(images, probs).argmax(1)
+    assert torch.equal(refined, (images[:, 0] > 100).long())
+    assert not torch.equal(probs.argmax(1), refined)
+
+
+def test_equal_images_share_one_lattice(monkeypatch):
+    images, probs = make(B=3)
+    built = []
+
+    class Counted(PermutohedralLattice):
+        def __init__(self, features):
+            built.append(tuple(features.shape))
+            super().__init__(features)
+
+    expected = torch.cat([dense_crf(images[:1], p[None]) for p in probs])
+    monkeypatch.setattr(crf, "PermutohedralLattice", Counted)
+    torch.testing.assert_close(dense_crf(images[:1].expand(3, -1, -1, -1), probs), expected)
+    assert built == [(30, 2), (30, 5)]
+    dense_crf(images, probs)
+    assert built[2:] == [(30, 2), (30, 5), (30, 5), (30, 5)]
+
+
+@kernels
+def test_crf_gradcheck(kernels):
+    images, probs = make(B=2, K=2, H=2, W=3)
+    assert torch.autograd.gradcheck(
+        lambda p: dense_crf(images, p, iterations=2, **kernels), probs.clamp(0.05, 0.95).requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(half, device):
+    images, probs = (x.to(device) for x in make(dtype=half))
+    with torch.autocast(device, half):
+        torch.testing.assert_close(dense_crf(images, probs), dense_crf(images, probs.float()), rtol=0, atol=0)
+    lattice = PermutohedralLattice(torch.linspace(0, 1, 8, device=device, dtype=half)[:, None])
+    assert lattice.filter(torch.ones(8, 2, device=device, dtype=half)).dtype == torch.float32
+
+
+def test_deterministic_algorithms_repeat_bit_for_bit(device):
+    images, probs = (x.to(device) for x in make(H=40, W=50, dtype=torch.float32))
+
+    def run() -> tuple[Tensor, Tensor]:
+        leaf = probs.clone().requires_grad_()
+        q = dense_crf(images, leaf)
+        q.square().sum().backward()
+        return q.detach(), leaf.grad
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        (first, gradient), (second, other) = run(), run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first, second)
+    assert torch.equal(gradient, other)
+    assert gradient.any()
+
+
+@pytest.mark.parametrize(("H", "W"), [(1, 1), (1, 200), (200, 1), (2, 3)])
+@pytest.mark.parametrize("K", [1, 2, 21])
+@pytest.mark.parametrize("constant", [True, False])
+def test_degenerate_images(H, W, K, constant, device):
+    images, probs = (x.to(device) for x in make(K=K, H=H, W=W, dtype=torch.float32))
+    q = dense_crf(images * (not constant), probs.requires_grad_())
+    torch.testing.assert_close(q.sum(1), torch.ones_like(q[:, 0]))
+    q.square().sum().backward()
+    assert probs.grad.isfinite().all()
+
+
+def test_certain_and_impossible_classes_are_finite():
+    images, probs = make(dtype=torch.float32)
+    q = dense_crf(images, probs.round())
+    torch.testing.assert_close(q.sum(1), torch.ones_like(q[:, 0]))
+
+
+def test_empty_batch():
+    images, probs = make(B=2)
+    assert dense_crf(images[:0], probs[:0]).shape == (0, 3, 5, 6)
+
+
+def test_memory_format_does_not_matter_and_inputs_stay():
+    images, probs = make(B=2)
+    before = images.clone(), probs.clone()
+    other = dense_crf(*(x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (images, probs)))
+    torch.testing.assert_close(other, dense_crf(images, probs))
+    assert torch.equal(images, before[0])
+    assert torch.equal(probs, before[1])
+
+
+@pytest.mark.parametrize("settings", [{}, {"iterations": 2, **KERNELS[3]}, KERNELS[1], KERNELS[2]], ids=str)
+def test_module_equals_the_function(settings):
+    module = DenseCRF(**settings)
+    assert torch.equal(module(*make()), dense_crf(*make(), **settings))
+    assert all(f"{name}={value}" in repr(module) for name, value in settings.items())
+    assert module.state_dict() == {}
+
+
+# inputs of the CRF
+
+
+@given(data=st.data(), N=st.integers(1, 4), gt_prob=st.floats(0, 1), ignore_index=st.sampled_from([255, 0, 2, -1]))
+def test_label_probs_equal_the_loop(data, N, gt_prob, ignore_index):
+    values = data.draw(st.lists(st.sampled_from([-1, *range(N + 3), 255]), min_size=12, max_size=12))
+    labels = torch.tensor(values).view(2, 2, 3)
+    actual = label_probs(labels, N, gt_prob=gt_prob, ignore_index=ignore_index)
+    for b, y, x, k in product(range(2), range(2), range(3), range(N + 1)):
+        label = labels[b, y, x].item()
+        expected = gt_prob if label == k else (1 - gt_prob) / N
+        if label == ignore_index or not 0 <= label <= N:
+            expected = 1 / (N + 1)
+        assert actual[b, k, y, x].item() == pytest.approx(expected, abs=1e-6)
+    assert actual.shape == (2, N + 1, 2, 3)
+    assert actual.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+def test_label_probs_of_any_integer_dtype(dtype, device):
+    labels = torch.tensor([[[0, 1, 2, 7, 255]]], device=device)
+    assert torch.equal(label_probs(labels.to(dtype), 2), label_probs(labels, 2))
+
+
+@given(seed=seeds, alpha=st.floats(0.5, 32))
+def test_background_score_equals_the_loop(seed, alpha):
+    cam = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    score = background_score(cam, alpha=alpha)
+    assert score.shape == (2, 1, 4, 5)
+    for b, y, x in product(range(2), range(4), range(5)):
+        expected = (1 - max(cam[b, k, y, x].item() for k in range(3))) ** alpha
+        assert score[b, 0, y, x].item() == pytest.approx(expected)
+
+
+def test_background_score_at_the_ends():
+    cam = torch.tensor([[0.0, 1.0, nan, inf, -inf, 1 + 1e-6], [0.0, 0.5, 0.5, 0.5, 0.0, 0.0]]).view(1, 2, 1, 6)
+    score = background_score(cam, alpha=2.5).flatten()
+    torch.testing.assert_close(score, torch.tensor([1.0, 0.0, 0.5**2.5, 0.5**2.5, 1.0, 0.0]))
+    assert background_score(cam.half(), alpha=4).dtype == torch.float32
+
+
+def test_a_cam_becomes_a_crf_input():
+    images, cam = make(dtype=torch.float32)
+    probs = torch.cat([background_score(cam, alpha=4), cam], dim=1)
+    assert dense_crf(images, probs).shape == (1, 4, 5, 6)
+
+
+# refusals
+
+IMAGES, PROBS = make(B=2, dtype=torch.float32)
+BAD_SETTINGS = [
+    ("iterations", -1, ValueError),
+    ("iterations", 1.0, TypeError),
+    ("gaussian", 3.0, ValueError),
+    ("gaussian", (3.0, 3.0, 3.0), ValueError),
+    ("gaussian", (0.0, 3.0), ValueError),
+    ("gaussian", (nan, 3.0), ValueError),
+    ("gaussian", (3.0, -1.0), ValueError),
+    ("gaussian", ("3", 3.0), TypeError),
+    ("bilateral", (80.0, 10.0), ValueError),
+    ("bilateral", (80.0, -13.0, 10.0), ValueError),
+    ("bilateral", (80.0, inf, 10.0), ValueError),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("images", IMAGES[0], ValueError),
+        ("images", IMAGES[:, :1], ValueError),
+        ("images", IMAGES.float(), TypeError),
+        ("images", IMAGES.long(), TypeError),
+        ("images", IMAGES.numpy(), TypeError),
+        ("probs", PROBS[0], ValueError),
+        ("probs", PROBS[:1], ValueError),
+        ("probs", PROBS[..., :5], ValueError),
+        ("probs", PROBS[:, :0], ValueError),
+        ("probs", PROBS.long(), TypeError),
+        ("probs", PROBS.to("meta"), ValueError),
+        ("probs", PROBS - 0.5, ValueError),
+        ("probs", 4 * PROBS, ValueError),
+        ("probs", PROBS * nan, ValueError),
+        ("probs", PROBS.index_fill(1, torch.tensor(1), nan), ValueError),
+        *BAD_SETTINGS,
+    ],
+)
+def test_crf_refuses(name, value, error):
+    with pytest.raises(error, match=rf"\b{name}\b"):
+        dense_crf(**{"images": IMAGES, "probs": PROBS, name: value})
+
+
+@pytest.mark.parametrize(("name", "value", "error"), BAD_SETTINGS)
+def test_module_refuses(name, value, error):
+    with pytest.raises(error, match=rf"\b{name}\b"):
+        DenseCRF(**{name: value})
+
+
+def test_a_scale_too_small_for_the_lattice_is_refused():
+    with pytest.raises(ValueError, match=re.escape("(sxy, srgb)")):
+        dense_crf(IMAGES, PROBS, bilateral=(1e-3, 1e-3, 10.0))
+
+
+@pytest.mark.parametrize(
+    ("features", "error"),
+    [
+        (torch.rand(4), ValueError),
+        (torch.rand(0, 2), ValueError),
+        (torch.rand(4, 0), ValueError),
+        (torch.zeros(4, 2, dtype=torch.int64), TypeError),
+        (torch.tensor([[0.0, nan]]), ValueError),
+        (torch.tensor([[0.0, inf]]), ValueError),
+        (1e8 * torch.rand(4, 5), ValueError),
+        (torch.tensor([[1e38, -1e38]]), ValueError),
+        ([[0.0]], TypeError),
+    ],
+    ids=range(9),
+)
+def test_lattice_refuses_features(features, error):
+    with pytest.raises(error, match=r"\bfeatures\b"):
+        PermutohedralLattice(features)
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        (torch.rand(4), ValueError),
+        (torch.rand(3, 2), ValueError),
+        (torch.zeros(4, 2, dtype=torch.int64), TypeError),
+        (torch.rand(4, 2, device="meta"), ValueError),
+    ],
+    ids=range(4),
+)
+def test_lattice_refuses_values(values, error):
+    with pytest.raises(error, match=r"\bvalues\b"):
+        PermutohedralLattice(torch.rand(4, 2)).filter(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("labels", torch.zeros(2, 2, dtype=torch.int64), ValueError),
+        ("labels", torch.zeros(1, 2, 2), TypeError),
+        ("num_classes", 0, ValueError),
+        ("num_classes", 2.0, TypeError),
+        ("gt_prob", 1.5, ValueError),
+        ("gt_prob", nan, ValueError),
+        ("ignore_index", "255", TypeError),
+    ],
+)
+def test_label_probs_refuses(name, value, error):
+    with pytest.raises(error, match=rf"\b{name}\b"):
+        label_probs(**{"labels": torch.zeros(1, 2, 2, dtype=torch.int64), "num_classes": 3, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("cam", torch.rand(3, 4, 5), ValueError),
+        ("cam", torch.zeros(1, 3, 4, 5, dtype=torch.uint8), TypeError),
+        ("alpha", -1, ValueError),
+        ("alpha", nan, ValueError),
+        ("alpha", "4", TypeError),
+    ],
+)
+def test_background_score_refuses(name, value, error):
+    with pytest.raises(error, match=rf"\b{name}\b"):
+        background_score(**{"cam": torch.rand(1, 3, 4, 5), "alpha": 4, name: value})
