@@ -68,7 +68,7 @@ def dense_crf(
         span = f"{probs.min().item():.4g} to {probs.max().item():.4g}"
         raise ValueError(f"probs must lie in [0, 1], but ranges from {span}. Logits? Take their softmax(dim=1).")
 
-    log_p = probs.clamp(_CLIP, 1).log().flatten(2).mT
+    log_p = probs.clamp(_CLIP, 1).log().flatten(2).mT.contiguous()
     position = torch.stack(torch.meshgrid(_pixels(W, probs), _pixels(H, probs), indexing="xy"), dim=-1).view(-1, 2)
     smoothness = [_kernel(position / gaussian[0], gaussian[1])] if gaussian else []
     appearance: list[_Kernel] = []
@@ -282,8 +282,10 @@ def _mean_field(log_p: Tensor, kernels: list[_Kernel], iterations: int) -> Tenso
     """Return Q (P, K) after `iterations` steps."""
     q = log_p.softmax(1)
     for _ in range(iterations):
-        messages = [compat * scale * lattice.filter(scale * q) for lattice, scale, compat in kernels]
-        q = sum(messages, start=log_p).softmax(1)
+        logits = log_p
+        for lattice, scale, compat in kernels:
+            logits = logits.addcmul(scale, lattice.filter(scale * q), value=compat)
+        q = logits.softmax(1)
     return q
 
 
