@@ -14,7 +14,7 @@ import pixelss
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 NEVER_RAISE = {"ResNet38", "freeze_norm"}
-NO_TENSORS = {"freeze_norm", "load_resnet38"}
+NO_TENSORS = {"freeze_norm", "load_resnet38", "pair_offsets"}
 RESULTS = {"CAMOutput", "LoadReport", "SegmentationScores", "SweepScores"}  # NamedTuples: no example of their own
 
 

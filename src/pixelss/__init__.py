@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pixelss.affinity import AffinityHead, affinity_labels, affinity_loss, pair_offsets, random_walk
 from pixelss.attentive import (
     MultiScaleAttentiveLoss,
     attentive_target,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AffinityHead",
     "CAMHead",
     "CAMOutput",
     "ClassRegionMask",
@@ -41,6 +43,8 @@ __all__ = [
     "SegmentationScores",
     "SweepScores",
     "ThresholdSweep",
+    "affinity_labels",
+    "affinity_loss",
     "attentive_target",
     "background_score",
     "class_prototypes",
@@ -54,6 +58,8 @@ __all__ = [
     "multi_scale_attentive_loss",
     "multi_scale_forward",
     "normalize_cam",
+    "pair_offsets",
+    "random_walk",
     "regional_contrastive_loss",
     "resnet38",
     "scale_dissimilarity",
