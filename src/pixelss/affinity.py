@@ -224,11 +224,11 @@ def random_walk(scores: Tensor, affinity: Tensor, *, beta: float = 8.0, log_step
 
     T is never stored as a matrix of all cells, and few of the 2^log_steps products are computed: with the Chebyshev
     polynomials C_j, T^n = sum_j P(|S_n| = j) C_j(T), where S_n is a walk of n steps +-1, and terms below the
-    dtype's precision are left out. At n = 256 that is 90 products in float32, 136 in float64. T is similar to a
+    dtype's precision are left out. At n = 256 that is 88 products in float32, 132 in float64. T is similar to a
     symmetric matrix with eigenvalues in [-1, 1], so the terms are bounded.
 
     Differentiable in both arguments, in float32 to about 1e-4; autograd keeps the scores of every product, at
-    n = 256 90 times (B, K, h, w).
+    n = 256 88 times (B, K, h, w).
 
     Args:
         scores: class scores, with a background, finite.
