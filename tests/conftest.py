@@ -17,6 +17,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic alg
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
+collect_ignore = ["golden/make_crf.py"]  # a script that needs the extra crf-reference
+
+
 @pytest.fixture(scope="session", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     """The CPU, and CUDA where there is one."""

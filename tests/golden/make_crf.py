@@ -1,4 +1,4 @@
-"""Write crf.npz beside this file: outputs of the C++ dense CRF (pip install pydensecrf2) on a generated image."""
+"""Write crf.npz beside this file: outputs of the C++ dense CRF (the extra crf-reference) on a generated image."""
 
 import sys
 from pathlib import Path
