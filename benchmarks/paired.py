@@ -1,6 +1,6 @@
 """Paired measurements: every way of a group in a process of its own, its time and peak memory, ratios to the first way.
 
-On a CPU the peak is the growth of the resident size over the inputs, on CUDA the allocator's peak over the inputs.
+On a CPU the peak is that of the resident size (Linux only), on CUDA the allocator's, each above what the inputs take.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,7 +40,8 @@ def measure(make: Callable[[str], Step], device: str, repeats: int) -> dict[str,
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: making the inputs may have been it
+        before = _resident("VmRSS")
     seconds: list[float] = []
     while len(seconds) < repeats + 1 and (len(seconds) < 1 or sum(seconds) < _BUDGET):
         start = time.perf_counter()
@@ -50,10 +50,14 @@ def measure(make: Callable[[str], Step], device: str, repeats: int) -> dict[str,
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         if len(seconds) == 1:
-            cpu_peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            peak = torch.cuda.max_memory_allocated() if cuda else cpu_peak
+            peak = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")
     measured = seconds[1:] or seconds  # the first one warms up
     return {"seconds": statistics.median(measured), "peak_mib": (peak - before) / 2**20, "repeats": len(measured)}
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
 
 def run(description: str | None, groups: Groups, note: str) -> None:
