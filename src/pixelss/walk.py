@@ -61,19 +61,22 @@ def random_walk(scores: Tensor, affinity: Tensor, *, beta: float = 8.0, log_step
 
     dtype = torch.promote_types(promote(scores).dtype, promote(affinity).dtype)
     scores = scores.to(dtype)
-    # Columns are normalised in float64: many steps multiply what their sums lack to 1.
+    # T - 1 in place of T, and steps in place of terms: what a cell keeps is then never rounded. Columns are normalised
+    # in float64, as many steps multiply what their sums lack.
     sources, weights = _transition(affinity.double(), offsets, beta)
     weights = weights.to(dtype)
 
-    def product(x: Tensor) -> Tensor:
+    def change(x: Tensor) -> Tensor:
         return embedding_bag(sources, x, per_sample_weights=weights, mode="sum")
 
     shares = _chebyshev_shares(2**log_steps, torch.finfo(dtype).eps)
-    previous = scores.movedim(1, -1).reshape(B * h * w, K)
-    current = product(previous)
-    total = shares[0] * previous + shares[1] * current
+    start = scores.movedim(1, -1).reshape(B * h * w, K).contiguous()
+    step = change(start)
+    current = start + step
+    total = shares[0] * start + shares[1] * current
     for share in shares[2:]:
-        previous, current = current, 2 * product(current) - previous
+        step = step.add(change(current), alpha=2)
+        current = current + step
         total = total.add(current, alpha=share) if share else total
     result = total.view(B, h, w, K).movedim(-1, 1)
     bounded = result.clamp(scores.amin((2, 3), keepdim=True), scores.amax((2, 3), keepdim=True))
@@ -81,7 +84,7 @@ def random_walk(scores: Tensor, affinity: Tensor, *, beta: float = 8.0, log_step
 
 
 def _transition(affinity: Tensor, offsets: Offsets, beta: float) -> tuple[Tensor, Tensor]:
-    """Return T by columns: of each cell of the batch the cells that it receives from, and their weights."""
+    """Return T - 1 by columns: of each cell of the batch the cells that it receives from, and their weights."""
     B, _, h, w = affinity.shape
     backward = tuple((-dy, -dx) for dy, dx in offsets)
     cells = torch.arange(h * w, device=affinity.device).view(h, w)
@@ -93,7 +96,8 @@ def _transition(affinity: Tensor, offsets: Offsets, beta: float) -> tuple[Tensor
     ahead = affinity.where(own, 1).pow(beta).where(own, 0)  # 1 and not 0: the gradient of a power at 0 may be infinite
     behind = [view[:, o] for o, view in enumerate(shifted(ahead, backward, outside=0))]
     weights = torch.cat([torch.ones_like(ahead[:, :1]), ahead, torch.stack(behind, 1)], 1)
-    weights = weights / weights.sum(1, keepdim=True)
+    total = weights.sum(1, keepdim=True)
+    weights = torch.cat([1 - total, weights[:, 1:]], 1) / total
     return sources.flatten(0, 1).contiguous(), weights.flatten(2).mT.flatten(0, 1).contiguous()
 
 
