@@ -136,7 +136,7 @@ def _windows(length: int, scale: float, tile: int, device: torch.device) -> list
 
     The weights of all windows sum to 1 at every pixel; with one window they are exactly 1.
     """
-    side = length if int(length * scale + 0.5) <= tile else min(length, max(1, int(tile / scale)))
+    side = length if int(length * scale + 0.5) <= tile else max(1, int(tile / scale))
     steps = -(-(length - side) // (side - side // 3))
     windows = [slice(start, start + side) for start in (i * (length - side) // max(steps, 1) for i in range(steps + 1))]
     ramp = torch.arange(1, side + 1, device=device, dtype=torch.float64)
