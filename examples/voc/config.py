@@ -162,21 +162,6 @@ class CAM:
 
 
 @dataclass
-class InferCAM:
-    """Stages infer_cam and score_cam.
-
-    Args:
-        scales: each also flipped.
-        single_scales: score every scale by itself as well (Table 5).
-        max_batch: most images of one shape that share a forward pass.
-    """
-
-    scales: Scales = (0.5, 1.0, 1.5, 2.0)
-    single_scales: bool = False
-    max_batch: int = 8
-
-
-@dataclass
 class CRF:
     """A dense CRF; null switches a kernel off.
 
@@ -189,6 +174,26 @@ class CRF:
     iterations: int = 10
     gaussian: tuple[float, float] | None = (3.0, 3.0)
     bilateral: tuple[float, float, float] | None = (80.0, 13.0, 10.0)
+
+
+@dataclass
+class InferCAM:
+    """Stages infer_cam and score_cam.
+
+    Args:
+        scales: each also flipped.
+        single_scales: score every scale by itself as well (Table 5).
+        max_batch: most images of one shape that share a forward pass.
+        crf: CAMs are scored with it as well ("also with CRF" of Table 1); null leaves that out.
+        crf_alpha: of the background score beside the CAMs in that CRF; null: a constant background at the best
+            threshold, what the CAMs compete with in the score without CRF.
+    """
+
+    scales: Scales = (0.5, 1.0, 1.5, 2.0)
+    single_scales: bool = False
+    max_batch: int = 8
+    crf: CRF | None = field(default_factory=CRF)
+    crf_alpha: float | None = None
 
 
 @dataclass
@@ -237,6 +242,7 @@ class Segmentation:
         scales: of the training loss.
         test_scales: of the inference, each also flipped.
         tile: side of the largest input in pixels.
+        max_batch: most images of one shape that share a forward pass.
         crf: on the result; null leaves it out.
     """
 
@@ -245,6 +251,7 @@ class Segmentation:
     scales: Scales = (1.0, 0.75, 0.5)
     test_scales: Scales = (0.5, 0.75, 1.0, 1.25, 1.5)
     tile: int = 1024
+    max_batch: int = 4
     crf: CRF | None = field(default_factory=CRF)
     schedule: Schedule = field(default_factory=lambda: Schedule(epochs=35, batch=8))
     augment: Augment = field(

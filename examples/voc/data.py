@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 VOID = 255
@@ -66,6 +67,11 @@ class VOCFolder:
         """Return an image (H, W, 3), uint8 RGB."""
         return _pixels(self.image_path(stem), "RGB")
 
+    def size(self, stem: str) -> tuple[int, int]:
+        """Return an image's (height, width) from its header alone."""
+        with _named(self.image_path(stem)), Image.open(self.image_path(stem)) as image:
+            return image.height, image.width
+
     def tags(self, stem: str) -> Tensor:
         """Return the image's tags (N,), float32, from the object names of its annotation."""
         path = self.root / "Annotations" / f"{stem}.xml"
@@ -86,24 +92,36 @@ class VOCFolder:
         folders = [folder] if folder else [self.root / name for name in ("SegmentationClass", "SegmentationClassAug")]
         path = next((f / f"{stem}.png" for f in folders if (f / f"{stem}.png").is_file()), None)
         if path is None:
-            raise BadFileError(f"{' and '.join(str(f / f'{stem}.png') for f in folders)}: no such mask. {_AUG}")
+            hint = "" if folder else f" {_AUG}"
+            raise BadFileError(f"{' and '.join(str(f / f'{stem}.png') for f in folders)}: no such mask.{hint}")
         mask = _pixels(path, None)
         if mask.ndim != 2:
             raise BadFileError(f"{path} must hold class indices (a palette or grey PNG), but has colours.")
-        with Image.open(self.image_path(stem)) as image:
-            size = image.size[::-1]
-        if mask.shape != size:
+        if mask.shape != (size := self.size(stem)):
             raise BadFileError(f"{path} must have its image's size {size}, but has {mask.shape} (height, width).")
         if wrong := sorted(set(np.unique(mask).tolist()) - {*range(self.num_classes + 1), VOID}):
             raise BadFileError(f"{path} must hold 0 to {self.num_classes} or {VOID}, but holds {wrong}.")
         return mask
 
 
+def voc_palette() -> list[int]:
+    """Return the PASCAL VOC palette as 768 bytes: index i has the bits of i spread over red, green and blue."""
+    colours = np.zeros((256, 3), dtype=int)
+    for bit in range(8):
+        colours |= (np.arange(256)[:, None] >> (3 * bit) >> np.arange(3) & 1) << (7 - bit)
+    return [int(value) for value in colours.flat]
+
+
 def _pixels(path: Path, mode: str | None) -> NDArray[np.uint8]:
+    with _named(path), Image.open(path) as image:
+        return np.array(image if mode is None else image.convert(mode), dtype=np.uint8)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
     try:
-        with Image.open(path) as image:
-            return np.array(image if mode is None else image.convert(mode), dtype=np.uint8)
+        yield
     except FileNotFoundError:
         raise BadFileError(f"{path} is missing.") from None
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except (OSError, SyntaxError) as error:
         raise BadFileError(f"{path} cannot be read ({error}): it may be truncated; fetch it again.") from error

@@ -50,6 +50,14 @@ def mean_count(count: Tensor) -> Tensor:
     return (total / world_size()).clamp(min=1e-12)
 
 
+def sum_over(value: Tensor) -> Tensor:
+    """Return the processes' sum of a value."""
+    total = value.clone()
+    if distributed.is_initialized():
+        distributed.all_reduce(total)
+    return total
+
+
 def barrier() -> None:
     if distributed.is_initialized():
         distributed.barrier()

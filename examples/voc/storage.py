@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from data import BadFileError
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 from torch import Tensor
+
+_AGAIN = "remove it and infer_cam/done.json, then run infer_cam again."
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -97,7 +100,9 @@ def load_cam(path: Path, num_classes: int) -> Tensor:
             H, W = (int(word) for word in notes["size"].split())
             pixels = torch.from_numpy(np.array(image))
     except (OSError, KeyError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{path} is no CAM file of infer_cam ({error}): remove it and run infer_cam again.") from error
+        raise BadFileError(f"{path} is no CAM file of infer_cam ({error}): {_AGAIN}") from error
+    if pixels.shape != (max(len(classes) * H, 1), W) or max(classes, default=0) >= num_classes:
+        raise BadFileError(f"{path} must hold {len(classes)} maps {H} x {W} of {num_classes} classes: {_AGAIN}")
     cam = torch.zeros(num_classes, H, W)
     if classes:
         cam[classes] = pixels.view(len(classes), H, W).float() / 255
