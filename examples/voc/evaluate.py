@@ -54,5 +54,7 @@ def class_table(ours: dict[str, float], caption: str) -> str:
 
 def paper_figures() -> dict[str, dict[str, dict[str, float]]]:
     """Return the paper's figures, table by table, row by row."""
-    figures: dict[str, dict[str, dict[str, float]]] = yaml.safe_load((Path(__file__).parent / "paper_figures.yaml").read_text())
+    figures: dict[str, dict[str, dict[str, float]]] = yaml.safe_load(
+        (Path(__file__).parent / "paper_figures.yaml").read_text()
+    )
     return figures

@@ -16,7 +16,7 @@ _INSIDE = "results/VOC2012/Segmentation/comp6_test_cls"
 
 
 def export_test(run: Run) -> None:
-    """Write export_test/results.tar.gz; where a mask is missing or wrong, all such masks are named and none is packed."""
+    """Write export_test/results.tar.gz; masks that are missing or wrong are all named, and none is packed then."""
     name = run.config.data.test
     if name is None:
         run.finish("export_test", skipped="data.test is null")
@@ -29,7 +29,9 @@ def export_test(run: Run) -> None:
             except BadFileError as error:
                 faults.append(str(error))
         if faults:
-            raise BadFileError(f"nothing was packed, for {len(faults)} of {len(stems)} masks are wrong:\n" + "\n".join(faults))
+            raise BadFileError(
+                f"nothing was packed, for {len(faults)} of {len(stems)} masks are wrong:\n" + "\n".join(faults)
+            )
         write_atomic(run.folder("export_test") / "results.tar.gz", _archive(run, stems))
     run.finish("export_test", list=name, images=len(run.data.stems(name)), archive="export_test/results.tar.gz")
 

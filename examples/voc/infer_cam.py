@@ -42,7 +42,7 @@ def infer_cam(run: Run) -> None:
     def read(stem: str) -> Item:
         return run.data.image(stem), run.data.tags(stem)
 
-    model = load_trained(run, "train_cam").to(run.device)
+    model = load_trained(run, "train_cam")
     todo = [stem for stem in cam_stems(run) if not all(_whole(run, stem, path) for path in paths(stem).values())]
     images, start = torch.zeros(1), time.perf_counter()
     writes: list[Future[None]] = []

@@ -20,7 +20,7 @@ import pixelss
 def infer_seg(run: Run) -> None:
     """Write the label maps that are not there yet."""
     config = run.config.seg
-    network = load_trained(run, "train_seg").to(run.device)
+    network = load_trained(run, "train_seg")
     counts = {}
     for split, name in (("val", run.config.data.val), ("test", run.config.data.test)):
         if name is None:

@@ -86,4 +86,3 @@ def autocast(run: Run) -> AbstractContextManager[object]:
 def cam_stems(run: Run) -> list[str]:
     """Return the images that need CAMs and pseudo-labels: those trained on and those scored."""
     return list(dict.fromkeys(run.data.stems(run.config.data.train) + run.data.stems(run.config.data.score)))
-

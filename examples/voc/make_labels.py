@@ -26,7 +26,7 @@ Array = NDArray[np.uint8]
 def make_labels(run: Run) -> None:
     """Write the pseudo-labels that are not there yet, and score them on the masks of data.score."""
     config, radius = run.config.make_labels, run.config.affinity.radius
-    network = load_trained(run, "train_affinity").to(run.device)
+    network = load_trained(run, "train_affinity")
     folder = run.folder("make_labels")
 
     def read(stem: str) -> tuple[Array, Tensor, Tensor]:

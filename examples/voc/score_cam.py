@@ -55,7 +55,9 @@ def score_cam(run: Run) -> None:
         scores["single_scales"] = {str(scale): _sweep(run, scale) for scale in config.scales}
     if rank() == 0:
         write_atomic(run.folder("score_cam") / "scores.json", json.dumps(scores, indent=1) + "\n")
-    shown = {name: round(100 * scores[name], 1) for name in ("miou", "precision", "recall", "crf_miou") if name in scores}
+    shown = {
+        name: round(100 * scores[name], 1) for name in ("miou", "precision", "recall", "crf_miou") if name in scores
+    }
     run.finish("score_cam", list=run.config.data.score, **shown, threshold=threshold)
 
 
