@@ -47,9 +47,10 @@ class Small(nn.Module):
 class Taps(nn.Module):
     """A backbone that gives all feature maps of the affinity head; `out_channels` has one entry a map."""
 
-    def __init__(self, backbone: nn.Module, out_channels: tuple[int, ...]) -> None:
+    def __init__(self, backbone: Any, out_channels: tuple[int, ...]) -> None:
         super().__init__()
-        self.backbone, self.out_channels = backbone, out_channels
+        self.backbone: Any = backbone
+        self.out_channels = out_channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if hasattr(self.backbone, "forward_taps"):

@@ -42,20 +42,28 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[rank() :: world_size()]
 
 
-def mean_count(count: Tensor) -> Tensor:
-    """Return the processes' mean of a count, at least 1e-12: what a sum is divided by before DDP averages gradients."""
-    total = count.detach().double()
-    if distributed.is_initialized():
-        distributed.all_reduce(total)
-    return (total / world_size()).clamp(min=1e-12)
-
-
 def sum_over(value: Tensor) -> Tensor:
     """Return the processes' sum of a value."""
     total = value.clone()
     if distributed.is_initialized():
         distributed.all_reduce(total)
     return total
+
+
+def mean_count(count: Tensor) -> Tensor:
+    """Return the processes' mean of a count, at least 1e-12: what a sum is divided by before DDP averages gradients."""
+    return (sum_over(count.detach().double()) / world_size()).clamp(min=1e-12)
+
+
+def shared_mean(mean: Tensor, count: Tensor) -> Tensor:
+    """Weigh this process's mean over `count` items so that DDP's average is the mean over all processes' items."""
+    return mean * (count / mean_count(count))
+
+
+def averaged(values: dict[str, Tensor]) -> dict[str, float]:
+    """Return the processes' mean of every value; this waits for the device."""
+    total = sum_over(torch.stack([value.detach().double() for value in values.values()]))
+    return dict(zip(values, (total / world_size()).tolist(), strict=True))
 
 
 def barrier() -> None:

@@ -40,6 +40,22 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         os.close(folder)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a log; a reader may see a part of the last one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise OSError(error.errno, f"could not write {path} ({error.strerror})") from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed `write_atomic` left in `folder`; call it in one process, before any writes."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
     """Write `state` as step-STEP-DIGEST.pt; of the older ones the newest `keep` - 1 stay."""
     buffer = io.BytesIO()
@@ -60,6 +76,11 @@ def load_checkpoint(folder: Path, *, map_location: str | torch.device = "cpu") -
             return dict(torch.load(io.BytesIO(content), map_location=map_location, weights_only=True))
         warnings.warn(f"{path} is damaged (its content does not fit its name): trying the one before it", stacklevel=2)
     return None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    for path in _checkpoints(folder):
+        path.unlink()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
