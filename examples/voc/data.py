@@ -51,14 +51,8 @@ class VOCFolder:
         return len(self.classes)
 
     def stems(self, name: str) -> list[str]:
-        """Return the image names of ImageSets/Segmentation/NAME.txt; lines may be names or paths of images."""
-        path = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
-        if not path.is_file():
-            raise FileNotFoundError(f"The image list {path} is missing." + (f" {_AUG}" if "aug" in name else ""))
-        stems = [Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()]
-        if not stems:
-            raise BadFileError(f"{path} lists no image.")
-        return stems
+        """Return the image names of a list, as `read_list`."""
+        return read_list(self.root, name)
 
     def image_path(self, stem: str) -> Path:
         return self.root / "JPEGImages" / f"{stem}.jpg"
@@ -102,6 +96,17 @@ class VOCFolder:
         if wrong := sorted(set(np.unique(mask).tolist()) - {*range(self.num_classes + 1), VOID}):
             raise BadFileError(f"{path} must hold 0 to {self.num_classes} or {VOID}, but holds {wrong}.")
         return mask
+
+
+def read_list(root: Path, name: str) -> list[str]:
+    """Return the image names of ImageSets/Segmentation/NAME.txt; lines may be names or paths of images."""
+    path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
+    if not path.is_file():
+        raise FileNotFoundError(f"The image list {path} is missing." + (f" {_AUG}" if "aug" in name else ""))
+    stems = [Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()]
+    if not stems:
+        raise BadFileError(f"{path} lists no image.")
+    return stems
 
 
 def voc_palette() -> list[int]:

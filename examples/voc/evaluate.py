@@ -46,9 +46,9 @@ def evaluate(run: Run) -> None:
 
 def class_table(ours: dict[str, float], caption: str) -> str:
     """Return a Markdown table of the classes' IoU, with the paper's (VOC val) for classes of the same name."""
-    paper = paper_figures()["table4"]["ours"]
+    paper = paper_figures()["table4"]
     lines = [f"{caption}; the paper's: VOC 2012 val, its Table 4.", "", "| class | ours | paper |", "|---|---|---|"]
-    lines += [f"| {name} | {100 * iou:.1f} | {paper.get(name, '-')} |" for name, iou in ours.items()]
+    lines += [f"| {name} | {100 * iou:.1f} | {paper.get(name, {}).get('iou', '-')} |" for name, iou in ours.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,6 @@ import torch
 from data import voc_palette
 from inference import autocast, shared_batches, to_input
 from networks import load_trained
-from numpy.typing import NDArray
 from stages import Run
 from storage import save_mask
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from config import Config, Schedule
-from data import VOCFolder
+from data import BadFileError, VOCFolder, read_list
 from parallel import world_size
 
 # A step of train_cam with ResNet38 at batch 16, crop 192, scales .5, 1 and 2 costs 49.7 TFLOP: student forward and
@@ -19,31 +19,26 @@ _IMAGE_PIXELS = 375 * 500  # a VOC photograph
 
 def missing(config: Config, root: Path, stages: list[str]) -> list[str]:
     """Return what the stages lack, one sentence a fault: data set, lists, images, masks, weights, packages, device."""
-    faults: list[str] = []
-    folders = {"JPEGImages": "the images, STEM.jpg", "Annotations": "the tags, STEM.xml"}
-    for name, content in folders.items():
-        if not (root / name).is_dir():
-            faults.append(f"{root / name} is missing: it holds {content}.")
-    try:
-        classes = config.data.classes or (root / "classes.txt").read_text().split()
-        data = VOCFolder(root, classes, check=False)
-    except FileNotFoundError:
+    folders = {
+        "JPEGImages": "the images, STEM.jpg",
+        "Annotations": "the tags, STEM.xml",
+        "SegmentationClass": "the masks for scoring, STEM.png",
+    }
+    absent = [name for name in folders if not (root / name).is_dir()]
+    faults = [f"{root / name} is missing: it holds {folders[name]}." for name in absent]
+    if config.data.classes is None and not (root / "classes.txt").is_file():
         faults.append(f"{root / 'classes.txt'} is missing, and data.classes names no classes either.")
-        data = VOCFolder(root, [], check=False)
     for name, needs in _lists(config, stages).items():
         try:
-            stems = data.stems(name)
-        except (FileNotFoundError, ValueError) as error:
+            stems = read_list(root, name)
+        except (FileNotFoundError, BadFileError) as error:
             faults.append(str(error))
             continue
         for what, places in needs.items():
-            absent = [s for s in stems if not any((root / place.format(s)).is_file() for place in places)]
-            if absent and any((root / place).parent.is_dir() for place in places):
-                first = " or ".join(str(root / place.format(absent[0])) for place in places)
-                faults.append(f"{len(absent)} of {len(stems)} {what} of {name}.txt are missing, the first: {first}.")
-    if any("masks" in needs for needs in _lists(config, stages).values()):
-        if not any((root / name).is_dir() for name in ("SegmentationClass", "SegmentationClassAug")):
-            faults.append(f"{root / 'SegmentationClass'} is missing: it holds the masks for scoring, STEM.png.")
+            lacking = [s for s in stems if not any((root / place.format(s)).is_file() for place in places)]
+            if len(lacking) > (0 if config.data.on_bad_file == "stop" else len(stems) - 1):
+                first = " or ".join(str(root / place.format(lacking[0])) for place in places)
+                faults.append(f"{len(lacking)} of {len(stems)} {what} of {name}.txt are missing, the first: {first}.")
     for setting, path in (("network.weights", config.network.weights), ("cam.start_from", config.cam.start_from)):
         if path and not path.exists():
             faults.append(f"{setting} is {path}, which does not exist.")
@@ -105,7 +100,9 @@ def print_plan(config: Config, data: VOCFolder | None, stages: list[str], finish
         numbers = f"{tflop / 1e3:8.0f}{tflop / _TFLOPS / 3600 / world_size():8.2f}" if tflop else ""
         print(f"{stage:15}{'finished' if stage in finished else 'to do':10}{numbers}")
     if estimate:
-        print(f"An estimate, not a measurement: ResNet38 alone, at {_TFLOPS} TFLOP/s in bf16 (57% of what an H100 gave),")
+        print(
+            f"An estimate, not a measurement: ResNet38 alone, at {_TFLOPS} TFLOP/s in bf16 (57% of what an H100 gave),"
+        )
         print("photographs of 500 x 375; loading, CRF and random walk come on top.")
     elif data:
         print("No estimate: the figures at hand are ResNet38's.")

@@ -12,22 +12,14 @@ A finished stage is skipped; a killed one continues where it was. Any setting of
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import jsonargparse
-import numpy as np
-import timm
 import torch
-import yaml
 from config import Config
 from data import VOCFolder
 from evaluate import evaluate
@@ -35,16 +27,14 @@ from export_test import export_test
 from infer_cam import infer_cam
 from infer_seg import infer_seg
 from make_labels import make_labels
-from parallel import barrier, process_group, rank, world_size
+from parallel import barrier, process_group, rank
 from plan import missing, print_plan
+from runfolder import UserError, log_stage, open_run, print_results
 from score_cam import score_cam
 from stages import Run
-from storage import write_atomic
 from train_affinity import train_affinity
 from train_cam import train_cam
 from train_seg import train_seg
-
-import pixelss
 
 HERE = Path(__file__).parent
 # Every stage, the stages whose results it reads, and the settings that lower its memory.
@@ -59,12 +49,6 @@ STAGES: dict[str, tuple[Callable[[Run], None], tuple[str, ...], str]] = {
     "evaluate": (evaluate, ("infer_seg",), "nothing: it holds two masks at a time"),
     "export_test": (export_test, ("infer_seg",), "nothing: it holds the archive alone"),
 }
-# Settings that change speed, memory or reports, not results: they may differ when a run continues.
-FREE = {"device", "workers", "compile", "tensorboard", "max_batch", "checkpoint_every", "log_every", "on_bad_file"}
-
-
-class UserError(Exception):
-    """What the user can mend; printed without a traceback."""
 
 
 def load_config(files: Sequence[Path], settings: Sequence[str] = ()) -> Config:
@@ -85,47 +69,6 @@ def _settings_parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def flatten(tree: Any, name: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dictionaries under dotted names."""
-    if not isinstance(tree, dict):
-        return {name: tree}
-    return {k: v for key, branch in tree.items() for k, v in flatten(branch, f"{name}.{key}".strip(".")).items()}
-
-
-def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run:
-    """Make or reopen a run folder; one that was made with other settings is refused, naming them."""
-    plain = json.loads(json.dumps(asdict(config), default=str))  # tuples to lists, paths to strings
-    kept, environment = out / "config.yaml", out / "environment.json"
-    if kept.is_file():
-        before, after = flatten(yaml.safe_load(kept.read_text())), flatten(plain)
-        before["--data"], after["--data"] = json.loads(environment.read_text())["data"], str(root.resolve())
-        names = sorted(n for n in before.keys() | after.keys() if n.rsplit(".", 1)[-1] not in FREE)
-        if changed := [f"  {n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]:
-            raise UserError(
-                f"{out} was made with other settings; name another --out, or remove it:\n" + "\n".join(changed)
-            )
-    barrier()  # every process has compared before one writes
-    if rank() == 0:
-        write_atomic(environment, json.dumps(_environment(root, device), indent=1) + "\n")
-        write_atomic(kept, yaml.safe_dump(plain, sort_keys=False))
-    barrier()
-    return Run(config, VOCFolder(root, config.data.classes), out, device)
-
-
-def _environment(root: Path, device: torch.device) -> dict[str, Any]:
-    modules = {module.__name__: module.__version__ for module in (pixelss, torch, timm, np, jsonargparse)}
-    git = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return {
-        "data": str(root.resolve()),
-        "command": sys.argv,
-        "git_revision": git.stdout.strip() or None,
-        "python": platform.python_version(),
-        **modules,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-        "processes": world_size(),
-    }
-
-
 def execute(run: Run, stages: Sequence[str]) -> None:
     """Run the stages that are not finished, in order."""
     for stage in stages:
@@ -140,29 +83,13 @@ def execute(run: Run, stages: Sequence[str]) -> None:
         except torch.OutOfMemoryError as error:
             raise UserError(f"Out of memory in {stage}: lower {memory}. ({error})") from error
         if rank() == 0:
-            seconds = round(time.perf_counter() - start, 1)
-            with (run.out / "stages.jsonl").open("a") as log:
-                log.write(json.dumps({"stage": stage, "seconds": seconds, "processes": world_size()}) + "\n")
+            log_stage(run.out, stage, time.perf_counter() - start)
 
 
-def print_table(run: Run) -> None:
-    """Print every finished stage with the seconds of its last start and its results, in 80 columns."""
-    log = run.out / "stages.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    seconds = {line["stage"]: line["seconds"] for line in lines}
-    print(f"{'stage':15}{'seconds':>8}  results (scores in %)")
-    for stage in filter(run.finished, STAGES):
-        results = json.loads((run.folder(stage) / "done.json").read_text())
-        text = ", ".join(f"{name} {value}" for name, value in results.items())
-        while len(text) > 54:  # a long report goes on below
-            cut = text.rfind(", ", 0, 54) + 1 or 54
-            print(f"{stage:15}{seconds.get(stage, ''):>8}  {text[:cut].strip()}")
-            stage, text = "", text[cut:].strip()
-        print(f"{stage:15}{seconds.get(stage, ''):>8}  {text}")
-
-
-def demo_folder(out: Path) -> Path:
-    """Write the generated images once, beside the stages."""
+def data_root(data: str, out: Path) -> Path:
+    """Return the data set's folder; for demo the generated images, written once beside the stages."""
+    if data != "demo":
+        return Path(data)
     sys.path.append(str(HERE.parent))
     from shapes import write_shapes
 
@@ -175,8 +102,9 @@ def demo_folder(out: Path) -> Path:
 def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     """Return the options of this command and the resolved config."""
     text = (__doc__ or "").format(stages=", ".join(STAGES))
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False
+    )
     add_options(parser)
     parser.add_argument("--stages", default="all", help="all, names with commas, or from:NAME")
     parser.add_argument("--dry-run", action="store_true", help="print plan, estimated cost and what is missing")
@@ -187,15 +115,12 @@ def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
         raise SystemExit
     if not (options.data and options.out):
         raise UserError("--data and --out are needed: see --help.")
+    wanted = options.stages.removeprefix("from:").split(",") if options.stages != "all" else list(STAGES)
+    if unknown := [name for name in wanted if name not in STAGES]:
+        raise UserError(f"--stages must be all, from:NAME or names of {', '.join(STAGES)}, but has {unknown}.")
     names = list(STAGES)
-    if options.stages.startswith("from:"):
-        wanted = options.stages.removeprefix("from:").split(",")
-        options.stages = names[names.index(wanted[0]) :] if wanted[0] in names else wanted
-    else:
-        options.stages = names if options.stages == "all" else options.stages.split(",")
-    if unknown := [name for name in options.stages if name not in names]:
-        raise UserError(f"--stages must be all, from:NAME or names of {', '.join(names)}, but has {unknown}.")
-    options.stages.sort(key=names.index)
+    chosen = names[names.index(wanted[0]) :] if options.stages.startswith("from:") else wanted
+    options.stages = [name for name in names if name in chosen]
     return options, load_config(options.config or default_config(options.data), settings)
 
 
@@ -216,12 +141,12 @@ def main() -> None:
     if options.dry_run:
         raise SystemExit(dry_run(options, config))
     with process_group(config.device if torch.cuda.is_available() else "cpu") as device:
-        root = demo_folder(options.out) if options.data == "demo" else Path(options.data)
+        root = data_root(options.data, options.out)
         check(config, root, options.stages)
         run = open_run(config, root, options.out, device)
         execute(run, options.stages)
         if rank() == 0:
-            print_table(run)
+            print_results(run, list(STAGES))
 
 
 def check(config: Config, root: Path, stages: list[str]) -> None:
@@ -232,7 +157,7 @@ def check(config: Config, root: Path, stages: list[str]) -> None:
 
 def dry_run(options: argparse.Namespace, config: Config) -> int:
     """Print the plan and what is missing; returns the exit code. Nothing is written, the demo's images aside."""
-    root = demo_folder(options.out) if options.data == "demo" else Path(options.data)
+    root = data_root(options.data, options.out)
     faults = missing(config, root, options.stages)
     finished = [name for name in options.stages if (options.out / name / "done.json").is_file()]
     print_plan(config, None if faults else VOCFolder(root, config.data.classes), options.stages, finished)
@@ -247,8 +172,7 @@ def guarded(main: Callable[[], None]) -> None:
     except (UserError, OSError, ValueError, RuntimeError) as error:
         if "--debug" in sys.argv or os.environ.get("PIXELSS_DEBUG"):
             raise
-        prefix = "" if world_size() == 1 else f"process {rank()}: "
-        raise SystemExit(f"{prefix}{error}\n(--debug or PIXELSS_DEBUG=1 shows where)") from None
+        raise SystemExit(f"{error}\n(--debug or PIXELSS_DEBUG=1 shows where)") from None
 
 
 if __name__ == "__main__":

@@ -38,16 +38,16 @@ def score_cam(run: Run) -> None:
         return run.data.image(stem), cam, run.data.mask(stem), run.data.tags(stem)
 
     stems = run.data.stems(run.config.data.score)
-    for ((_, (image, cam, mask, tags)),) in shared_batches(run, stems, read, desc="score_cam"):
-        cam, labels, truth = cam[None].to(run.device), tags[None].to(run.device), _on_device(run, mask)
+    for ((_, (image, cams, mask, tags)),) in shared_batches(run, stems, read, desc="score_cam"):
+        cam, labels, truth = cams[None].to(run.device), tags[None].to(run.device), _on_device(run, mask)
         plain.update(pixelss.class_region_mask(cam, labels, threshold=threshold), truth)
         if config.crf:
             if config.crf_alpha is None:
                 background = torch.full_like(cam[:, :1], threshold)
             else:
                 background = pixelss.background_score(cam, alpha=config.crf_alpha)
-            (labels,) = label_maps(image, with_background(cam, tags, background), tags, config.crf)
-            refined.update(_on_device(run, labels), truth)
+            (result,) = label_maps(image, with_background(cam, tags, background), tags, config.crf)
+            refined.update(_on_device(run, result), truth)
     scores["iou"] = dict(zip(["background", *run.data.classes], plain.compute().iou.tolist(), strict=True))
     if config.crf:
         scores["crf_miou"] = refined.compute().miou.item()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from config import Config
@@ -32,6 +33,10 @@ class Run:
 
     def finished(self, stage: str) -> bool:
         return (self.folder(stage) / "done.json").is_file()
+
+    def results(self, stage: str) -> dict[str, Any]:
+        """Return what a finished stage reported."""
+        return dict(json.loads((self.folder(stage) / "done.json").read_text()))
 
     def finish(self, stage: str, **results: object) -> None:
         """Mark a stage as done, after every process has reached this line."""
