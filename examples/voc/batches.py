@@ -154,8 +154,8 @@ class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
         images[0, :, top : top + h, left : left + w] = to_tensor(pixels, self.config)
         canvas = torch.full((1, len(maps), crop, crop), VOID, dtype=torch.uint8)
         for i, label_map in enumerate(maps):
-            part = np.ascontiguousarray(cut(label_map, window, Resampling.NEAREST))
-            canvas[0, i, top : top + h, left : left + w] = torch.from_numpy(part)
+            part = torch.from_numpy(cut(label_map, window, Resampling.NEAREST).copy())
+            canvas[0, i, top : top + h, left : left + w] = part
         return Batch(images, tags[None], canvas)
 
     def batches(self, batch: int, start: int, stop: int, *, pin: bool) -> Iterator[Batch]:
