@@ -80,11 +80,11 @@ class Objective:
         out = dict(zip(sorted(needed), outputs, strict=True))
         # Counts, for shared_mean: of images, of pixels, of (present pair, pixel); no global mean is a mean of means.
         H, W = images.shape[2:]
-        pairs = torch.tensor(float((tags > 0).sum()) * H * W).to(images.device, non_blocking=True)
+        pairs = images.new_full((), float((tags > 0).sum()) * H * W)
 
         logits = [out[scale].logits for scale in config.cls_scales]
         cls = torch.stack([binary_cross_entropy_with_logits(x, labels) for x in logits]).mean()
-        parts = {"cls": shared_mean(cls, torch.tensor(float(len(images)), device=images.device))}
+        parts = {"cls": shared_mean(cls, images.new_full((), len(images)))}
         loss = config.cls * parts["cls"]
         if not (rcm or direct or mam or report):
             return loss, parts
@@ -125,9 +125,9 @@ def collapse_signals(student: list[Tensor], teacher: list[Tensor], tags: Tensor)
     target = pixelss.attentive_target(cams, sources)
     live = cams > 0
     gap = shared_mean(((target - cams) * live).sum() / live.sum().clamp(min=1), live.sum())
-    zeros = shared_mean(1 - live.sum() / max(1, live.numel()), torch.tensor(float(live.numel()), device=live.device))
+    zeros = shared_mean(1 - live.sum() / max(1, live.numel()), target.new_full((), live.numel()))
     peaks = target.flatten(2).amax(-1) if target.numel() else target.new_zeros(1)
-    peak = shared_mean(peaks.mean(), torch.tensor(float(live.numel()), device=live.device))
+    peak = shared_mean(peaks.mean(), target.new_full((), live.numel()))
     return {"gap": gap, "zeros": zeros, "peak": peak}
 
 

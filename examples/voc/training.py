@@ -19,7 +19,7 @@ import torch
 from batches import Batch, Samples
 from config import Config, Gate, Optimizer, Schedule
 from numpy.typing import NDArray
-from parallel import averaged, barrier, rank, world_size
+from parallel import averaged, barrier, rank, sum_over, world_size
 from stages import Run
 from storage import append_line, load_checkpoint, remove_checkpoints, remove_unfinished, save_checkpoint, write_atomic
 from torch import Tensor, nn
@@ -116,7 +116,8 @@ def train(
             # fp16 provokes gradients that overflow and leaves out their steps by itself.
             health += value.detach() if scaler.is_enabled() else value.detach() + norm
             skips = config.on_nonfinite_loss == "skip"
-            bad = (skips or report or save or device.type == "cpu") and not math.isfinite(averaged({"": health})[""])
+            look = skips or report or save or device.type == "cpu"
+            bad = look and not sum_over(health).isfinite()
             if bad and not skips:
                 raise RuntimeError(
                     f"The loss or its gradient was not finite in the steps {healthy + 1} to {step + 1} of {stage}; the "
@@ -128,10 +129,9 @@ def train(
                 warnings.warn(f"step {step + 1} of {stage} is left out: its loss is not finite", stacklevel=2)
             else:
                 scaler.step(optimizer)
-            scaler.update()
-            if not bad:
                 after_step()
-            healthy = step + 1 if skips or report or save or device.type == "cpu" else healthy
+            scaler.update()
+            healthy = step + 1 if look else healthy
 
             bar.update()
             if report:
