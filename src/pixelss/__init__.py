@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pixelss.affinity import AffinityHead, affinity_labels, affinity_loss, pair_offsets, random_walk
+from pixelss._pairs import pair_offsets
+from pixelss.affinity import AffinityHead, affinity_labels, affinity_loss
 from pixelss.attentive import (
     MultiScaleAttentiveLoss,
     attentive_target,
@@ -15,11 +16,13 @@ from pixelss.backbones.checkpoints import LoadReport, load_resnet38
 from pixelss.backbones.resnet38 import ResNet38, freeze_norm, resnet38
 from pixelss.cam import CAMHead, CAMOutput, msinf_cam, multi_scale_forward, normalize_cam
 from pixelss.contrastive import RegionalContrastiveLoss, regional_contrastive_loss
-from pixelss.crf import DenseCRF, PermutohedralLattice, background_score, dense_crf, label_probs
+from pixelss.crf import DenseCRF, background_score, dense_crf, label_probs
+from pixelss.lattice import PermutohedralLattice
 from pixelss.metrics import ConfusionMatrix, SegmentationScores, SweepScores, ThresholdSweep
 from pixelss.prototype import PrototypeBank, class_prototypes
 from pixelss.region import ClassRegionMask, class_region_mask, direct_loss
 from pixelss.teacher import EMATeacher
+from pixelss.walk import random_walk
 
 if TYPE_CHECKING:
     from pixelss.backbones.timm import timm_backbone
