@@ -21,6 +21,7 @@ from pixelss.lattice import PermutohedralLattice
 from pixelss.metrics import ConfusionMatrix, SegmentationScores, SweepScores, ThresholdSweep
 from pixelss.prototype import PrototypeBank, class_prototypes
 from pixelss.region import ClassRegionMask, class_region_mask, direct_loss
+from pixelss.segmentation import LargeFOV, multi_scale_cross_entropy, multi_scale_inference
 from pixelss.teacher import EMATeacher
 from pixelss.walk import random_walk
 
@@ -37,6 +38,7 @@ __all__ = [
     "ConfusionMatrix",
     "DenseCRF",
     "EMATeacher",
+    "LargeFOV",
     "LoadReport",
     "MultiScaleAttentiveLoss",
     "PermutohedralLattice",
@@ -59,7 +61,9 @@ __all__ = [
     "load_resnet38",
     "msinf_cam",
     "multi_scale_attentive_loss",
+    "multi_scale_cross_entropy",
     "multi_scale_forward",
+    "multi_scale_inference",
     "normalize_cam",
     "pair_offsets",
     "random_walk",
