@@ -262,6 +262,23 @@ def test_process_killed_often_resumes_bit_for_bit(root, whole, tmp_path, stage):
         check_resumed(run, whole, stage)
 
 
+def test_dropout_draws_the_same_after_a_resume(root, tmp_path, monkeypatch):
+    def with_dropout(config: Config, num_classes: int) -> torch.nn.Sequential:
+        backbone, head = build_cam(config, num_classes)
+        return torch.nn.Sequential(torch.nn.Sequential(backbone, torch.nn.Dropout2d(0.5)), head)
+
+    monkeypatch.setattr(train_cam, "build_cam", with_dropout)
+    once, twice = open_run(root, tmp_path / "once"), open_run(root, tmp_path / "twice")
+    train_cam.train_cam(once)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train_cam.train_cam(twice)
+    torch.rand(7)
+    train_cam.train_cam(twice)
+    check_resumed(twice, once, "train_cam")
+
+
 def test_damaged_checkpoint_falls_back_to_the_one_before(root, whole, tmp_path, monkeypatch):
     run = open_run(root, tmp_path)
     with monkeypatch.context() as patch:
