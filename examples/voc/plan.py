@@ -32,7 +32,7 @@ def missing(config: Config, root: Path, stages: list[str]) -> list[str]:
         try:
             stems = read_list(root, name)
         except (FileNotFoundError, BadFileError) as error:
-            faults.append(str(error))
+            faults.append(str(error) + (" Set data.test to null to go without." if name == config.data.test else ""))
             continue
         for what, places in needs.items():
             lacking = [s for s in stems if not any((root / place.format(s)).is_file() for place in places)]
