@@ -50,7 +50,8 @@ def train(
     """Train `network` (a backbone and a head) from where an earlier call was ended, write model.pt, finish the stage.
 
     Every random choice of a step depends on (seed, step, rank) alone: a run that was killed and started again ends in
-    the same bits as one that was not, as far as the device's arithmetic repeats (the CPU's does).
+    the same bits as one that was not, as far as the device's arithmetic repeats (the CPU's does). One process and many
+    give the same losses, but for dropout and for batch norms that train: these see their own process's images.
 
     Args:
         run: the run.
@@ -100,10 +101,8 @@ def train(
         stream = samples.batches(schedule.batch, done, steps, pin=device.type == "cuda")
         for step, batch in enumerate(stream, done):
             last = step + 1 == steps
-            report, save = (
-                last or (step + 1) % schedule.log_every == 0,
-                last or (step + 1) % schedule.checkpoint_every == 0,
-            )
+            report = last or (step + 1) % schedule.log_every == 0
+            save = last or (step + 1) % schedule.checkpoint_every == 0
             torch.manual_seed(int(np.random.SeedSequence((config.seed, step, rank())).generate_state(1)[0]))
             lr = set_lr(optimizer, section.optimizer, step / steps)
             with torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "float32"):
@@ -250,6 +249,7 @@ class Log:
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
+        figures = {name: figure for name, figure in figures.items() if math.isfinite(figure)}  # JSON knows no NaN
         append_line(self.path, json.dumps({"step": step, **figures}))
         if self.board is not None:
             for name, figure in figures.items():
