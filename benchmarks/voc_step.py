@@ -1,6 +1,6 @@
 """Speed of examples/voc: the whole step of train_cam, the loading of its batches, CAM inference.
 
-    python benchmarks/voc_step.py --backbone small --batch 4 --crop 64 --images 24 --steps 3     # small, for a CPU
+    python benchmarks/voc_step.py --backbone small --batch 4 --crop 64 --images 4 --steps 3      # small, for a CPU
     python benchmarks/voc_step.py --device cuda --peak 790 --out voc_step.json                   # the paper's setting
     python benchmarks/voc_step.py --device cuda --data VOC2012 --list train --workers 16         # photographs
 
