@@ -23,6 +23,7 @@ VOC = Path(__file__).parent.parent / "examples" / "voc"
 VOC_MINI = Path(os.environ.get("PIXELSS_VOC_MINI", Path(__file__).parent.parent.parent / "shared/data/voc12-mini"))
 sys.path[:0] = [str(VOC), str(VOC.parent)]
 
+import inference  # noqa: E402
 import tables  # noqa: E402
 from config import CRF, Config  # noqa: E402
 from crf_labels import label_maps, with_background, write_crf_labels  # noqa: E402
@@ -246,6 +247,16 @@ def test_infer_cam_continues_and_scores_name_a_damaged_file(shapes: Path, tmp_pa
     made.config.data.on_bad_file = "skip"
     with pytest.warns(UserWarning, match=f"left out: .*{stems[2]}"):
         score_cam(made)
+
+
+def test_a_process_that_starts_late_still_does_its_share(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = new_run(shapes, tmp_path / "run")
+    for rank in (0, 1):
+        monkeypatch.setattr(inference, "share", lambda items, rank=rank: items[rank::2])
+        infer_cam(made)
+    assert all(cam_path(made, stem).is_file() for stem in made.data.stems("train"))
 
 
 def test_cam_of_infer_cam_is_the_library_s(shapes: Path, tmp_path: Path) -> None:

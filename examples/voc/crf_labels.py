@@ -34,8 +34,11 @@ def write_crf_labels(run: Run) -> None:
     def read(stem: str) -> tuple[Array, Tensor, Tensor]:
         return run.data.image(stem), load_cam(cam_path(run, stem), run.data.num_classes), run.data.tags(stem)
 
-    todo = [stem for stem in run.data.stems(run.config.data.train) if not all(path.is_file() for path in paths(stem))]
-    for ((stem, (image, cam, tags)),) in shared_batches(run, todo, read, desc="crf_labels"):
+    def done(stem: str) -> bool:
+        return all(path.is_file() for path in paths(stem))
+
+    stems = run.data.stems(run.config.data.train)
+    for ((stem, (image, cam, tags)),) in shared_batches(run, stems, read, desc="crf_labels", done=done):
         cam = cam[None].to(run.device)
         alphas = config.alpha_low, config.alpha_high
         both = torch.cat([with_background(cam, tags, pixelss.background_score(cam, alpha=alpha)) for alpha in alphas])

@@ -33,6 +33,7 @@ def infer_cam(run: Run) -> None:
     """Write the CAMs that are not there yet; single scales only of the images that are scored."""
     config = run.config.infer_cam
     scored = set(run.data.stems(run.config.data.score))
+    stems = cam_stems(run)
     single = config.scales if config.single_scales else ()
 
     def paths(stem: str) -> dict[float | None, Path]:
@@ -43,11 +44,14 @@ def infer_cam(run: Run) -> None:
         return run.data.image(stem), run.data.tags(stem)
 
     model = load_trained(run, "train_cam")
-    todo = [stem for stem in cam_stems(run) if not all(_whole(run, stem, path) for path in paths(stem).values())]
-    images, start = torch.zeros(1), time.perf_counter()
+
+    def done(stem: str) -> bool:
+        return all(_whole(run, path) for path in paths(stem).values())
+
+    images, start = torch.zeros(1, device=run.device), time.perf_counter()
     writes: list[Future[None]] = []
     with ThreadPoolExecutor(max(1, run.config.workers)) as pool:
-        for batch in shared_batches(run, todo, read, desc="infer_cam", max_batch=config.max_batch):
+        for batch in shared_batches(run, stems, read, desc="infer_cam", done=done, max_batch=config.max_batch):
             outputs = cams_of_scales(run, model, [image for _, (image, _) in batch])
             labels = torch.stack([tags for _, (_, tags) in batch]).to(run.device)
             together = pixelss.msinf_cam([cam for pair in outputs for cam in pair], labels)
@@ -67,8 +71,8 @@ def infer_cam(run: Run) -> None:
         for write in writes:
             write.result()
     count, seconds = sum_over(images).item(), time.perf_counter() - start
-    stored = sum(path.stat().st_size for stem in cam_stems(run) if (path := cam_path(run, stem)).is_file())
-    results = {"images": len(cam_stems(run)), "megabytes": round(stored / 1e6, 1)}
+    stored = sum(path.stat().st_size for stem in stems if (path := cam_path(run, stem)).is_file())
+    results = {"images": len(stems), "megabytes": round(stored / 1e6, 1)}
     run.finish("infer_cam", **results, images_per_second=round(count / seconds, 1))
 
 
@@ -80,7 +84,7 @@ def cams_of_scales(run: Run, model: nn.Module, images: list[NDArray[np.uint8]]) 
     return [(output.cam[: len(x)], output.cam[len(x) :].flip(-1)) for output in outputs]
 
 
-def _whole(run: Run, stem: str, path: Path) -> bool:
+def _whole(run: Run, path: Path) -> bool:
     """Tell whether a CAM file is there and readable; a damaged one is written again."""
     if not path.is_file():
         return False

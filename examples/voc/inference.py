@@ -25,11 +25,18 @@ _AHEAD = 4  # batches that are read while one is worked on
 
 
 def shared_batches(
-    run: Run, stems: Sequence[str], read: Callable[[str], T], *, desc: str, max_batch: int = 1
+    run: Run,
+    stems: Sequence[str],
+    read: Callable[[str], T],
+    *,
+    desc: str,
+    done: Callable[[str], bool] | None = None,
+    max_batch: int = 1,
 ) -> Iterator[list[tuple[str, T]]]:
     """Yield this process's share of a list, images of one size together, each with what `read` returns.
 
-    A `BadFileError` stops, or leaves that image out with a warning, as data.on_bad_file says.
+    Images that are `done` are left out after the list is shared: other processes finish theirs at the same time. A
+    `BadFileError` stops, or leaves that image out with a warning, as data.on_bad_file says.
     """
 
     def read_all(batch: Sequence[str]) -> list[tuple[str, T]]:
@@ -43,7 +50,7 @@ def shared_batches(
                 warnings.warn(f"left out: {error}", stacklevel=2)
         return items
 
-    own = share(stems)
+    own = [stem for stem in share(stems) if not (done and done(stem))]
     batches: list[Sequence[str]] = [[stem] for stem in own]
     if max_batch > 1:
         shapes: dict[tuple[int, int], list[str]] = defaultdict(list)

@@ -32,8 +32,10 @@ def make_labels(run: Run) -> None:
     def read(stem: str) -> tuple[Array, Tensor, Tensor]:
         return run.data.image(stem), load_cam(cam_path(run, stem), run.data.num_classes), run.data.tags(stem)
 
-    todo = [stem for stem in cam_stems(run) if not (folder / f"{stem}.png").is_file()]
-    for ((stem, (image, cam, tags)),) in shared_batches(run, todo, read, desc="make_labels"):
+    def done(stem: str) -> bool:
+        return (folder / f"{stem}.png").is_file()
+
+    for ((stem, (image, cam, tags)),) in shared_batches(run, cam_stems(run), read, desc="make_labels", done=done):
         cam = cam[None].to(run.device)
         scores = with_background(cam, tags, pixelss.background_score(cam, alpha=config.alpha))
         with autocast(run):

@@ -169,6 +169,8 @@ def guarded(main: Callable[[], None]) -> None:
     """Call `main`; errors that tell the user what to do are one message, with a traceback only in debug mode."""
     try:
         main()
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped. The same command continues where it was.") from None
     except (UserError, OSError, ValueError, RuntimeError) as error:
         if "--debug" in sys.argv or os.environ.get("PIXELSS_DEBUG"):
             raise
