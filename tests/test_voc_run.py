@@ -33,7 +33,7 @@ from export_test import export_test  # noqa: E402
 from infer_cam import cam_path, infer_cam  # noqa: E402
 from networks import build_cam  # noqa: E402
 from plan import cost  # noqa: E402
-from run import STAGES, guarded, load_config, main  # noqa: E402
+from run import STAGES, execute, guarded, load_config, main  # noqa: E402
 from runfolder import UserError, open_run  # noqa: E402
 from score_cam import score_cam  # noqa: E402
 from shapes import palette, write_shapes  # noqa: E402
@@ -247,6 +247,16 @@ def test_infer_cam_continues_and_scores_name_a_damaged_file(shapes: Path, tmp_pa
     made.config.data.on_bad_file = "skip"
     with pytest.warns(UserWarning, match=f"left out: .*{stems[2]}"):
         score_cam(made)
+
+
+def test_out_of_memory_names_the_setting(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(_: Run) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    _, needs, setting = STAGES["train_cam"]
+    monkeypatch.setitem(STAGES, "train_cam", (fill, needs, setting))
+    with pytest.raises(UserError, match=r"train_cam: lower cam.schedule.batch"):
+        execute(new_run(shapes, tmp_path, weights=False), ["train_cam"])
 
 
 def test_a_process_that_starts_late_still_does_its_share(

@@ -80,7 +80,7 @@ def execute(run: Run, stages: Sequence[str]) -> None:
         start = time.perf_counter()
         try:
             function(run)
-        except torch.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError as error:
             raise UserError(f"Out of memory in {stage}: lower {memory}. ({error})") from error
         if rank() == 0:
             log_stage(run.out, stage, time.perf_counter() - start)
