@@ -426,6 +426,16 @@ def test_tables(shapes: Path, tiny: Path, tmp_path: Path, call: Call) -> None:
     assert [path.stat().st_mtime_ns for path in (tmp_path / "out/rows").rglob("done.json")] == dates
 
 
+def test_table_shows_mean_half_range_and_the_paper_s_figure(tmp_path: Path) -> None:
+    text = tables.write_table("table1", {"MAM": {"miou": [50.0, 54.0]}}, "A caption.", [3, 5], tmp_path)
+    assert text.splitlines() == [
+        "A caption.", "", "| row | miou | miou, paper |", "| --- | --- | --- |", "| MAM | 52.0 ± 2.0 | 58.0 |"
+    ]  # fmt: skip
+    assert (tmp_path / "table1.csv").read_text().split() == [
+        "row,column,seed,value,paper", "MAM,miou,3,50.0,58.0", "MAM,miou,5,54.0,58.0"
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_all_tables(shapes: Path, tiny: Path, tmp_path: Path, call: Call) -> None:
     call(tables.main, "all", "--data", shapes, "--out", tmp_path, "--config", VOC / "demo.yaml", "--config", tiny)
