@@ -89,6 +89,7 @@ def train(
     log = Log(folder, done, tensorboard=config.tensorboard) if rank() == 0 else None
 
     if config.compile:
+        torch.compiler.reset()  # all networks share one limit of graphs; past it the last stage would run uncompiled
         for module in modules.values():
             module.compile(dynamic=False)  # in place: the names of the tensors stay; one graph a scale
     wrapped: nn.Module = network
