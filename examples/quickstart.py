@@ -214,7 +214,7 @@ def save_picture(models: dict[str, nn.Sequential], data: VOCFolder, args: argpar
     colours = zip(data.classes, viz.voc_palette()[1:], strict=False)
     legend = {name: colour for (name, colour), tag in zip(colours, shown, strict=True) if tag}
     titles = ["image", "truth", *models]
-    picture = viz.grid(lines, titles=titles, legend={**legend, "void": viz.voc_palette()[255]}, heat="CAM")
+    picture = viz.grid(lines, titles=titles, legend={**legend, "void": viz.voc_palette()[255]}, heat="CAM", cell=120)
     Image.fromarray(picture).save(args.out / "quickstart.png")
 
 

@@ -194,10 +194,10 @@ def test_threshold_curves_marks_the_best(monkeypatch):
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a: 50.0 at 0.20"]
     assert axes.lines[0].get_markevery() == [20]
     one, two = viz.threshold_curves({"a": (t, score)}), viz.threshold_curves({"a": (t, score), "b": (t, score + 0.1)})
-    assert one.shape == (347, 560, 3)
+    assert one.shape == (367, 560, 3)
     assert (one != two).any()
-    assert viz.threshold_curves({"a": (torch.tensor(t), torch.tensor(score))}, width=300).shape == (186, 300, 3)
-    assert viz.threshold_curves({"a": (t, np.where(t > 0.5, np.nan, score))}).shape == (347, 560, 3)
+    assert viz.threshold_curves({"a": (torch.tensor(t), torch.tensor(score))}, width=300).shape == (206, 300, 3)
+    assert viz.threshold_curves({"a": (t, np.where(t > 0.5, np.nan, score))}).shape == (367, 560, 3)
 
 
 def test_no_matplotlib_says_what_to_install(monkeypatch):

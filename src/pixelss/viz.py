@@ -196,7 +196,7 @@ def threshold_curves(
     Args:
         curves: name -> (thresholds, scores as fractions); of `SweepScores` take `(s.thresholds, s.miou)`.
         ylabel: what the scores are.
-        width: of the picture in pixels; its height is 0.62 of that.
+        width: of the picture in pixels; its height is 0.62 of that and 20 for every two curves.
 
     Shape:
         Pairs of (T,) -> (H, W, 3) uint8.
@@ -212,13 +212,14 @@ def threshold_curves(
     Example:
         >>> t = np.linspace(0, 0.6, 61)
         >>> threshold_curves({"control": (t, 0.5 - (t - 0.2) ** 2), "+MAM": (t, 0.55 - (t - 0.3) ** 2)}).shape
-        (347, 560, 3)
+        (367, 560, 3)
     """
     if not isinstance(curves, Mapping) or not curves:
         raise ValueError(f"curves must map one name or more to (thresholds, scores), but is {curves!r}.")
     check_number("width", width, low=200, high=10_000)
-    figure = _figure(width, round(0.62 * width))
-    axes = figure.add_axes((0.11, 0.15, 0.86, 0.81))
+    plot, key = round(0.62 * width), 20 * -(-len(curves) // 2)  # two names a line, above the plot
+    figure = _figure(width, plot + key)
+    axes = figure.add_axes((60 / width, 50 / (plot + key), 1 - 75 / width, (plot - 60) / (plot + key)))
     for i, (name, (thresholds, scores)) in enumerate(curves.items()):
         x = _tensor(name, thresholds).double()
         (T,) = check_tensor(f"curves[{name!r}] thresholds", x, "T")
@@ -234,7 +235,7 @@ def threshold_curves(
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, fontsize=9)
     return _render(figure)
 
 
