@@ -6,9 +6,10 @@ compares values and gradients.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -211,3 +212,64 @@ def multi_scale_attentive_loss(
             total = total + torch.abs(student[i, 0, u, v] - target[i, 0, u, v])
         count += student[0].numel()
     return total / max(count, 1) if reduction == "mean" else total
+
+
+def multi_scale_cross_entropy(logits: Sequence[Tensor], labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """CE of every scale, and of the largest logits of all where there are several: means over valid pixels, summed."""
+    maps = [bilinear(one, labels.shape[1:]) for one in logits]
+    if len(maps) > 1:
+        maps.append(functools.reduce(torch.maximum, maps))
+    total = sum(one.sum() for one in maps) * 0
+    valid = list(labelled(labels, maps[0].shape[1] - 1, ignore_index))
+    for one, (b, i, j, k) in product(maps, valid):
+        total = total - torch.log(torch.exp(one[b, k, i, j]) / torch.exp(one[b, :, i, j]).sum()) / len(valid)
+    return total
+
+
+def window_starts(length: int, side: int) -> list[int]:
+    """The fewest evenly spread windows of which neighbours share a third."""
+    for steps in range(length):
+        starts = [math.floor(i * (length - side) / max(steps, 1)) for i in range(steps + 1)]
+        gaps = [b - a for a, b in pairwise(starts)]
+        if starts[-1] == length - side and all(side - gap >= side // 3 for gap in gaps):
+            return starts
+    raise AssertionError
+
+
+def multi_scale_inference(
+    model: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float], flip: bool, tile: int
+) -> Tensor:
+    """Mean over scales, flips and images of the logits, each a mean over windows by the distance to an edge."""
+    results = []
+    for image, scale, mirrored in product(images, scales, [False, True][: 1 + flip]):
+        sides = [
+            n if math.floor(n * scale + 0.5) <= tile else max(1, math.floor(tile / scale)) for n in image.shape[1:]
+        ]
+        total, weights = 0, torch.zeros(image.shape[1:]).to(image)
+        for corner in product(*(window_starts(n, side) for n, side in zip(image.shape[1:], sides, strict=True))):
+            (y, x), (h, w) = corner, sides
+            crop = image[None, :, y : y + h, x : x + w]
+            scaled = bilinear(crop, [min(tile, max(1, math.floor(side * scale + 0.5))) for side in sides])
+            logits = bilinear(model(scaled.flip(-1)), sides).flip(-1) if mirrored else bilinear(model(scaled), sides)
+            total = total if weights.any() else torch.zeros(logits.shape[1], *image.shape[1:]).to(logits)
+            for i, j in product(range(h), range(w)):
+                weight = min(i + 1, h - i) * min(j + 1, w - j)
+                total[:, y + i, x + j] += weight * logits[0, :, i, j]
+                weights[y + i, x + j] += weight
+        results.append(total / weights)
+    return torch.stack(results).unflatten(0, (len(images), -1)).mean(1)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1) -> Tensor:
+    """A convolution that keeps the size: every output cell sums over the taps that lie inside."""
+    (h, w), (rows, columns) = x.shape[2:], weight.shape[2:]
+    cells = []
+    for i, j in product(range(h), range(w)):
+        cell = torch.zeros(len(x), len(weight)).to(x)
+        for r, c in product(range(rows), range(columns)):
+            u, v = i + dilation * (r - rows // 2), j + dilation * (c - columns // 2)
+            if 0 <= u < h and 0 <= v < w:
+                cell = cell + x[:, :, u, v] @ weight[:, :, r, c].T
+        cells.append(cell)
+    out = torch.stack(cells, -1).unflatten(-1, (h, w))
+    return out if bias is None else out + bias[:, None, None]

@@ -357,7 +357,8 @@ def test_walk_equals_the_matrix_power(size, dtype, log_steps, device):
         (torch.float64, 1.0, 8, 1e-10),
         (torch.float64, 0.5, 10, 1e-10),
         (torch.float32, 1.0, 8, 1e-5),
-        (torch.float32, 0.5, 8, 5e-5),  # nearly isolated cells: the dense power in float32 is off by 2e-5 too
+        (torch.float32, 0.5, 8, 1e-5),  # nearly isolated cells: the dense power in float32 is off by 3e-5
+        (torch.float32, 0.3, 8, 1e-5),  # the dense one by 9e-5
     ],
 )
 def test_walk_equals_the_matrix_power_on_a_larger_image(dtype, factor, log_steps, tolerance, device):

@@ -28,6 +28,7 @@ from pixelss import (
     direct_loss,
     msinf_cam,
     multi_scale_attentive_loss,
+    multi_scale_cross_entropy,
     multi_scale_forward,
     normalize_cam,
     regional_contrastive_loss,
@@ -70,6 +71,9 @@ SIGNATURES = {
     "PermutohedralLattice": "(features)",
     "label_probs": "(labels, num_classes, *, gt_prob=0.7, ignore_index=255)",
     "background_score": "(cam, *, alpha)",
+    "LargeFOV": "(in_channels, num_classes, *, norm=False)",
+    "multi_scale_cross_entropy": "(logits, labels, *, ignore_index=255)",
+    "multi_scale_inference": "(model, images, *, scales=(0.5, 0.75, 1.0, 1.25, 1.5), flip=True, tile=1024)",
     "timm_backbone": "(name, *, output_stride=8, pretrained=False, **kwargs)",
 }
 
@@ -86,8 +90,9 @@ BLOCKS = {
     ),
     "attentive_target": lambda b: attentive_target(*(torch.stack(x).flatten(1, 2) for x in (b.student, b.teacher))),
     "multi_scale_attentive_loss": lambda b: multi_scale_attentive_loss(b.student, b.teacher, b.labels),
+    "multi_scale_cross_entropy": lambda b: multi_scale_cross_entropy(b.raw, b.mask),
 }
-LOSSES = ("direct_loss", "infonce", "ratio", "multi_scale_attentive_loss")
+LOSSES = ("direct_loss", "infonce", "ratio", "multi_scale_attentive_loss", "multi_scale_cross_entropy")
 # The attentive loss gathers the present pairs: how many there are decides a shape.
 FIXED_SHAPE = [name for name in BLOCKS if name != "multi_scale_attentive_loss"]
 
@@ -266,7 +271,7 @@ def test_empty_batch(name, device):
 def test_loss_of_an_empty_or_void_batch_hangs_on_the_graph(name):
     for batch in (make_batch(images=0), make_batch()):
         batch = batch._replace(mask=batch.mask * 0 + 255, labels=batch.labels * 0)
-        for x in (batch.features, batch.prototypes, *batch.student):
+        for x in (batch.features, batch.prototypes, *batch.raw, *batch.student):
             x.requires_grad_()
         loss = BLOCKS[name](batch)
         assert loss == 0

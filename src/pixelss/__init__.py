@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pixelss.affinity import AffinityHead, affinity_labels, affinity_loss, pair_offsets, random_walk
+from pixelss._pairs import pair_offsets
+from pixelss.affinity import AffinityHead, affinity_labels, affinity_loss
 from pixelss.attentive import (
     MultiScaleAttentiveLoss,
     attentive_target,
@@ -15,11 +16,14 @@ from pixelss.backbones.checkpoints import LoadReport, load_resnet38
 from pixelss.backbones.resnet38 import ResNet38, freeze_norm, resnet38
 from pixelss.cam import CAMHead, CAMOutput, msinf_cam, multi_scale_forward, normalize_cam
 from pixelss.contrastive import RegionalContrastiveLoss, regional_contrastive_loss
-from pixelss.crf import DenseCRF, PermutohedralLattice, background_score, dense_crf, label_probs
+from pixelss.crf import DenseCRF, background_score, dense_crf, label_probs
+from pixelss.lattice import PermutohedralLattice
 from pixelss.metrics import ConfusionMatrix, SegmentationScores, SweepScores, ThresholdSweep
 from pixelss.prototype import PrototypeBank, class_prototypes
 from pixelss.region import ClassRegionMask, class_region_mask, direct_loss
+from pixelss.segmentation import LargeFOV, multi_scale_cross_entropy, multi_scale_inference
 from pixelss.teacher import EMATeacher
+from pixelss.walk import random_walk
 
 if TYPE_CHECKING:
     from pixelss.backbones.timm import timm_backbone
@@ -34,6 +38,7 @@ __all__ = [
     "ConfusionMatrix",
     "DenseCRF",
     "EMATeacher",
+    "LargeFOV",
     "LoadReport",
     "MultiScaleAttentiveLoss",
     "PermutohedralLattice",
@@ -56,7 +61,9 @@ __all__ = [
     "load_resnet38",
     "msinf_cam",
     "multi_scale_attentive_loss",
+    "multi_scale_cross_entropy",
     "multi_scale_forward",
+    "multi_scale_inference",
     "normalize_cam",
     "pair_offsets",
     "random_walk",

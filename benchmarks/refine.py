@@ -1,0 +1,147 @@
+"""Time and peak memory of the refinement blocks against what the field uses, in one run.
+
+    python benchmarks/refine.py --device cpu --out refine.json
+    python benchmarks/refine.py --device cuda
+
+The CRF is compared with the C++ code (pip install -e ".[crf-reference]") on one core, on photographs where
+PIXELSS_VOC_MINI has them, else on generated images; the random walk with the power of the dense matrix, by squaring.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from paired import Groups, Step, Unavailable, run
+from PIL import Image
+from torch import Tensor, nn
+
+import pixelss
+
+ROOT = Path(__file__).parent.parent
+PHOTOGRAPHS = Path(os.environ.get("PIXELSS_VOC_MINI", ROOT.parent / "shared/data/voc12-mini")).parent / "voc12-native"
+H, W, IMAGES, ITERATIONS = 375, 500, 4, 10
+
+
+def images(count: int) -> Tensor:
+    """Return (count, 3, 375, 500) uint8: photographs of that size, else generated ones."""
+    found: list[np.ndarray] = []
+    for path in sorted(PHOTOGRAPHS.glob("JPEGImages/*.jpg")):
+        with Image.open(path) as image:
+            if image.size == (W, H) and len(found) < count:
+                found.append(np.array(image.convert("RGB")))
+    if not found:
+        sys.path.insert(0, str(ROOT / "examples"))
+        from shapes import draw_image
+
+        found = [draw_image(np.random.default_rng(i), max(H, W))[0][:H, :W] for i in range(min(count, IMAGES))]
+    return torch.from_numpy(np.stack([found[i % len(found)] for i in range(count)])).permute(0, 3, 1, 2).contiguous()
+
+
+def probabilities(count: int, K: int) -> Tensor:
+    """Return noisy coarse maps, as a CAM's: (count, K, 375, 500)."""
+    coarse = torch.rand(count, K, H // 16, W // 16)
+    scores = nn.functional.interpolate(coarse, size=(H, W), mode="bilinear")
+    return (6 * scores + torch.randn(count, K, H, W)).softmax(1)
+
+
+def c_crf(K: int, count: int, device: str) -> Step:
+    try:
+        from pydensecrf.densecrf import DenseCRF2D
+    except ImportError:
+        raise Unavailable('pydensecrf2 is missing: pip install -e ".[crf-reference]"') from None
+    pixels, probs = images(count).permute(0, 2, 3, 1).contiguous().numpy(), probabilities(count, K)
+
+    def step() -> None:
+        for image, p in zip(pixels, probs, strict=True):
+            crf = DenseCRF2D(W, H, K)
+            crf.setUnaryEnergy(-p.clamp(1e-5, 1).log().flatten(1).numpy())
+            crf.addPairwiseGaussian(sxy=3, compat=3)
+            crf.addPairwiseBilateral(sxy=80, srgb=13, rgbim=image, compat=10)
+            np.array(crf.inference(ITERATIONS))
+
+    return step
+
+
+def torch_crf(K: int, count: int, threads: int | None, device: str) -> Step:
+    if threads:
+        torch.set_num_threads(threads)
+    pixels, probs = images(count).to(device), probabilities(count, K).to(device)
+    return lambda: pixelss.dense_crf(pixels, probs, iterations=ITERATIONS)
+
+
+def walk_inputs(h: int, w: int, device: str) -> tuple[Tensor, Tensor]:
+    return torch.rand(1, 21, h, w, device=device), torch.rand(1, 34, h, w, device=device)
+
+
+def dense_walk(h: int, w: int, device: str) -> Step:
+    """The field's way: the matrix of all cells, squared log_steps times."""
+    scores, affinity = walk_inputs(h, w, device)
+    cells = torch.arange(h * w, device=device).view(h, w)
+
+    def step() -> Tensor:
+        matrix = torch.eye(h * w, device=device)
+        for (dy, dx), a in zip(pixelss.pair_offsets(5), affinity[0], strict=True):
+            here = (slice(0, h - dy), slice(max(0, -dx), w - max(0, dx)))
+            there = (slice(dy, h), slice(max(0, dx), w + min(0, dx)))
+            p, q = cells[here].flatten(), cells[there].flatten()
+            matrix[p, q] = matrix[q, p] = a[here].flatten() ** 8
+        matrix /= matrix.sum(0)
+        for _ in range(8):
+            matrix = matrix @ matrix
+        return scores.flatten(2) @ matrix
+
+    return step
+
+
+def sparse_walk(h: int, w: int, threads: int | None, device: str) -> Step:
+    if threads:
+        torch.set_num_threads(threads)
+    scores, affinity = walk_inputs(h, w, device)
+    return lambda: pixelss.random_walk(scores, affinity)
+
+
+def inference(tile: int, device: str) -> Step:
+    """Multi-scale flip inference of a large image by a small network at stride 8."""
+    layers: list[nn.Module] = []
+    for c_in, c_out in ((3, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(c_in, c_out, 3, 2, 1), nn.ReLU()]
+    model = nn.Sequential(*layers, pixelss.LargeFOV(128, 20)).to(device).eval()
+    pixels = torch.rand(1, 3, 1500, 2000, device=device)
+    return lambda: pixelss.multi_scale_inference(model, pixels, tile=tile)
+
+
+GROUPS: Groups = {
+    **{
+        f"dense CRF, {IMAGES} images of {H} x {W}, {K} classes, {ITERATIONS} iterations": {
+            "pydensecrf2": partial(c_crf, K, IMAGES),
+            "pixelss, 1 core": partial(torch_crf, K, IMAGES, 1),
+            "pixelss": partial(torch_crf, K, IMAGES, None),
+        }
+        for K in (2, 5, 21)
+    },
+    f"dense CRF, 16 images of {H} x {W}, 21 classes": {
+        "pydensecrf2": partial(c_crf, 21, 16),
+        "pixelss": partial(torch_crf, 21, 16, None),
+    },
+    **{
+        f"random walk, {h} x {w} cells, 21 classes, radius 5, 256 steps": {
+            "dense matrix": partial(dense_walk, h, w),
+            "pixelss, 1 core": partial(sparse_walk, h, w, 1),
+            "pixelss": partial(sparse_walk, h, w, None),
+        }
+        for h, w in ((47, 63), (94, 125))
+    },
+    "multi-scale flip inference, 1500 x 2000, 21 classes, small network": {
+        "one tile": partial(inference, 10_000),
+        "pixelss": partial(inference, 1024),
+    },
+}
+
+if __name__ == "__main__":
+    source = "photographs" if PHOTOGRAPHS.is_dir() else "generated images"
+    run(__doc__, GROUPS, source)

@@ -1,0 +1,199 @@
+"""The segmentation network trained on the final pseudo-labels: its head, its loss, inference at several scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from pixelss._checks import check_count, check_integer, check_number, check_tensor
+from pixelss._resize import promote, resize
+
+
+def multi_scale_cross_entropy(logits: Sequence[Tensor], labels: Tensor, *, ignore_index: int = 255) -> Tensor:
+    """Return the sum of the cross-entropies of every scale's logits and of their element-wise maximum.
+
+    Each map is bilinearly resized to the labels' size; each term is the mean over the valid pixels. For scales 1, .75
+    and .5 that is CE(1) + CE(.75) + CE(.5) + CE(max); for a single map, plain cross-entropy.
+
+    Args:
+        logits: one map a training scale, of any size, finite.
+        labels: pseudo-labels in 0..N; `ignore_index` and values out of range are void.
+        ignore_index: the labels' void value.
+
+    Shape:
+        One (B, K, *, *) a scale, (B, H, W) -> scalar; float32 for half precision, zero on the graph if all is void.
+
+    Raises:
+        TypeError, ValueError: no map, maps or labels of another rank, size, dtype kind or device.
+
+    Reference:
+        Chen et al., "Attention to Scale: Scale-aware Semantic Image Segmentation", CVPR 2016, section 3, with the
+        maximum over scales in place of the attention.
+
+    Example:
+        >>> logits = [torch.zeros(2, 21, side, side) for side in (41, 31, 21)]
+        >>> multi_scale_cross_entropy(logits, torch.randint(0, 21, (2, 321, 321)))  # 4 log(21)
+        tensor(12.1781)
+    """
+    if not isinstance(logits, Sequence):
+        raise TypeError(f"logits must be a sequence of tensors, one a scale, but is of type {type(logits).__name__}.")
+    if len(logits) == 0:
+        raise ValueError("logits must hold one tensor a scale, but is empty.")
+    sizes: dict[str, int] = {}
+    hint = "Scales share the images and the classes, background included."
+    for i, one in enumerate(logits):
+        B, K, _, _ = check_tensor(f"logits[{i}]", one, "BKhw", kind="floating", like=logits[0], hint=hint, **sizes)
+        sizes = {"B": B, "K": K}
+    _, H, W = check_tensor("labels", labels, "BHW", kind="integer", like=logits[0], B=B)
+    check_integer("ignore_index", ignore_index)
+
+    maps = [resize(one, (H, W)) for one in logits]
+    if len(maps) > 1:
+        maps.append(torch.stack(maps).amax(0))
+    label = labels.long()
+    valid = (label != ignore_index) & (label >= 0) & (label < K)
+    index = label.where(valid, 0)[:, None]
+    # nll_loss has no deterministic kernel on CUDA, gather has.
+    log_p = torch.stack([one.log_softmax(1).gather(1, index).squeeze(1) for one in maps]).sum(0)
+    return (-log_p).where(valid, 0).sum() / valid.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def multi_scale_inference(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    scales: Sequence[float] = (0.5, 0.75, 1.0, 1.25, 1.5),
+    flip: bool = True,
+    tile: int = 1024,
+) -> Tensor:
+    """Return the mean of a network's logits over scales and flips, at the images' size, in bounded memory.
+
+    `model` never sees more than (B, C, tile, tile), one scale and one flip at a time. A side that is larger when scaled
+    is cut into windows of `tile / scale` pixels of the image, evenly spread, each sharing at least a third with the
+    next. Where windows overlap, their logits are averaged with weights that fall linearly to their edges, where the
+    network saw padding. An image that fits is not cut: its result is exactly that of the whole image.
+
+    Beyond the result and the network's own needs, memory holds one window: its pixels, its logits as the network gives
+    them and resized to B x K x (tile / scale)^2 numbers at most. It does not grow with the image.
+
+    Args:
+        model: maps images (B, C, *, *) to logits (B, K, *, *) of any stride. It is called as it is, without gradient:
+            put it in eval mode first.
+        images: the normalised batch; `model` sees its dtype and memory format.
+        scales: factors of the image size; a side has `max(1, floor(H * scale + 1/2))` pixels.
+        flip: whether every scale is also run on the mirrored image.
+        tile: largest side that `model` sees. The default leaves images up to 682 pixels whole at scale 1.5 (VOC's have
+            500, COCO's 640). Lower it where memory is short; a third of it should cover the network's reach.
+
+    Shape:
+        (B, C, H, W) -> (B, K, H, W), float32 for half precision.
+
+    Raises:
+        TypeError, ValueError: images of another rank, no scale or one that is not positive, `tile` no positive
+            int, a `model` that does not return one tensor of logits (wrap it to pick them).
+
+    Reference:
+        Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation" (2017), section 4.
+
+    Example:
+        >>> model = nn.Conv2d(3, 21, 3, stride=8, padding=1)
+        >>> multi_scale_inference(model, torch.rand(1, 3, 75, 50), tile=64).shape
+        torch.Size([1, 21, 75, 50])
+    """
+    B, _, H, W = check_tensor("images", images, "BCHW", hint="A single image? Pass images[None].")
+    if not isinstance(scales, Sequence) or len(scales) == 0:
+        raise ValueError(f"scales must be a sequence of one factor or more, but is {scales}.")
+    for i, scale in enumerate(scales):
+        check_number(f"scales[{i}]", scale, low=1e-3, high=1e3)
+    check_count("tile", tile)
+    layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    sizes, hint = {"B": B}, "Several outputs? Wrap the model to return the logits."
+
+    def run(x: Tensor) -> Tensor:
+        logits = model(x.clone(memory_format=layout))  # one that works in place must not change the images
+        sizes["K"] = check_tensor("model(images)", logits, "BKhw", kind="floating", like=images, hint=hint, **sizes)[1]
+        return promote(logits)
+
+    total = images.new_zeros(())  # the model knows how many classes there are
+    for scale in scales:
+        rows, columns = (_windows(side, float(scale), tile, images.device) for side in (H, W))
+        for (y, height, row_weights), (x, width, column_weights) in product(rows, columns):
+            window = resize(images[..., y, x], (height, width)).to(images.dtype)
+            logits = run(window) + run(window.flip(-1)).flip(-1) if flip else run(window)
+            if total.ndim == 0:
+                total = logits.new_zeros(B, logits.shape[1], H, W)
+            logits = resize(logits, (y.stop - y.start, x.stop - x.start))
+            total[..., y, x].addcmul_(logits, row_weights.to(total)[:, None] * column_weights.to(total))
+    return total.div_(len(scales) * (2 if flip else 1))
+
+
+def _windows(length: int, scale: float, tile: int, device: torch.device) -> list[tuple[slice, int, Tensor]]:
+    """Cut a side of `length` pixels: the pixels of every window, its size when scaled, its pixels' weights.
+
+    The weights of all windows sum to 1 at every pixel; with one window they are exactly 1.
+    """
+    side = length if int(length * scale + 0.5) <= tile else max(1, int(tile / scale))
+    steps = -(-(length - side) // (side - side // 3))
+    windows = [slice(start, start + side) for start in (i * (length - side) // max(steps, 1) for i in range(steps + 1))]
+    ramp = torch.arange(1, side + 1, device=device, dtype=torch.float64)
+    tent = torch.minimum(ramp, ramp.flip(0))
+    cover = torch.zeros(length, device=device, dtype=torch.float64)
+    for window in windows:
+        cover[window] += tent
+    scaled = min(tile, max(1, int(side * scale + 0.5)))
+    return [(window, scaled, tent / cover[window]) for window in windows]
+
+
+class LargeFOV(nn.Module):
+    """The head of DeepLab-LargeFOV: two 3x3 convolutions of dilation 12, or one and a normalised 1x1 pair.
+
+    Plain: conv3x3 to 512, ReLU, conv3x3 to K. With `norm`: conv3x3 to 512, BN, ReLU, conv1x1 to 512, BN, ReLU,
+    conv1x1 to K. Weights start normal with deviation .01 and biases at 0, as DeepLab's new layers; a convolution
+    before a norm has no bias. Put it after any backbone: `nn.Sequential(resnet38(), LargeFOV(4096, 20))`.
+
+    Args:
+        in_channels: channels C of the backbone's features.
+        num_classes: foreground classes N; the head has K = N + 1 outputs, background first.
+        norm: the variant with batch norms.
+
+    Shape:
+        (B, C, h, w) -> (B, K, h, w) logits, float32 for half precision.
+
+    Raises:
+        TypeError, ValueError: a count that is no positive int; an input of another rank or channel count.
+
+    Reference:
+        Chen et al., "Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs", ICLR 2015;
+        the norms as in the re-training of Wang et al., "Self-supervised Equivariant Attention Mechanism for Weakly
+        Supervised Semantic Segmentation", CVPR 2020.
+
+    Example:
+        >>> LargeFOV(64, num_classes=20)(torch.rand(2, 64, 41, 41)).shape
+        torch.Size([2, 21, 41, 41])
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, *, norm: bool = False) -> None:
+        super().__init__()
+        check_count("in_channels", in_channels)
+        check_count("num_classes", num_classes)
+        self.conv = nn.Conv2d(in_channels, 512, 3, padding=12, dilation=12, bias=not norm)
+        if norm:
+            inner = nn.BatchNorm2d(512), nn.ReLU(), nn.Conv2d(512, 512, 1, bias=False), nn.BatchNorm2d(512), nn.ReLU()
+            self.classify = nn.Sequential(*inner, nn.Conv2d(512, num_classes + 1, 1))
+        else:
+            self.classify = nn.Sequential(nn.ReLU(), nn.Conv2d(512, num_classes + 1, 3, padding=12, dilation=12))
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.01)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map backbone features (B, C, h, w) to logits (B, K, h, w)."""
+        hint = "in_channels must be the backbone's number of output channels."
+        check_tensor("x", x, "BChw", like=self.conv.weight, hint=hint, C=self.conv.in_channels)
+        return promote(self.classify(self.conv(x)))
