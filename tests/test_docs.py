@@ -63,7 +63,7 @@ def test_every_block_page_has_its_sections():
 def test_what_a_page_includes_and_links_to_exists(page):
     text = page.read_text()
     for kind, target, options in re.findall(
-        r"^[:`]{3}\{(image|literalinclude|include)\} (\S+)\n((?::.*\n)*)", text, re.MULTILINE
+        r"^[:`]{3}\{(figure|literalinclude|include)\} (\S+)\n((?::.*\n)*)", text, re.MULTILINE
     ):
         if target.startswith("/_pictures/"):  # drawn at build time
             assert f"def {Path(target).stem}_picture(" in (DOCS / "pictures.py").read_text()
@@ -73,7 +73,7 @@ def test_what_a_page_includes_and_links_to_exists(page):
             value = value.strip('"')
             wanted = rf"^(def|class) {value}\b" if option == "pyobject" else re.escape(value)
             assert re.search(wanted, content.decode(), re.MULTILINE), (target, option, value)
-        assert kind != "image" or ":alt:" in options
+        assert kind != "figure" or ":alt:" in options
     for link in re.findall(r"\]\((?!https?://)([^)#\s]+)", text):
         target = page.parent / link
         assert target.exists() or EXAMPLES / "notebooks" / target.name in NOTEBOOKS, link

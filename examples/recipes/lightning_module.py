@@ -61,7 +61,8 @@ class WeaklySupervised(lightning.LightningModule):
 
 
 def main() -> None:
-    loader: Any = DataLoader([batch(scenes(8, seed=seed)) for seed in range(3)], batch_size=None)  # type: ignore[arg-type]
+    batches: Any = [batch(scenes(8, seed=seed)) for seed in range(3)]
+    loader: Any = DataLoader(batches, batch_size=None)
     model = WeaklySupervised(network(num_classes=4), num_classes=4, start=2)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", **quiet)

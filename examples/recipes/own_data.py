@@ -33,9 +33,9 @@ class TaggedFolder(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         path, tags = self.rows[index]
-        image = Image.open(path).convert("RGB").resize((self.size, self.size), Image.Resampling.BILINEAR)
+        image = Image.open(path).convert("RGB").resize((self.size, self.size))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-        labels = torch.tensor([float(name in tags) for name in self.classes])  # no column for the background
+        labels = torch.tensor([float(name in tags) for name in self.classes])  # no background
         return (pixels - 0.45) / 0.25, labels
 
 

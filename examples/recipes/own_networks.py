@@ -16,11 +16,12 @@ from small import batch, scenes, trained
 
 
 class MyCAMNetwork(nn.Module):
-    """Any network will do that returns a CAMOutput: features (B, D, h, w), CAMs (B, N, h, w), logits (B, N)."""
+    """Any network will do that returns a CAMOutput: (B, D, h, w), (B, N, h, w) and (B, N)."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 64, 8, 8), nn.ReLU(), nn.Conv2d(64, 256, 3, padding=1), nn.ReLU())
+        first, second = nn.Conv2d(3, 64, 8, stride=8), nn.Conv2d(64, 256, 3, padding=1)
+        self.features = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
         self.classify = nn.Conv2d(256, num_classes, 1, bias=False)
 
     def forward(self, images: Tensor) -> pixelss.CAMOutput:
@@ -43,8 +44,8 @@ def pseudo_labels(model: nn.Module, images: Tensor, levels: Tensor, labels: Tens
 def main(steps: int = 12) -> None:
     pool = scenes(8, seed=0)
     images, labels, truth = batch(pool)
-    levels = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in pool])  # uint8, for the CRF
-    assert isinstance(MyCAMNetwork(4)(images), pixelss.CAMOutput)  # noqa: S101
+    levels = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in pool])  # uint8
+    print("CAM of a network of your own:", tuple(MyCAMNetwork(4)(images).cam.shape))
     target = pseudo_labels(trained(), images, levels, labels)
 
     # Any segmentation network with K = N + 1 outputs; the background is class 0.

@@ -30,13 +30,14 @@ def main(steps: int = 6, start: int = 3) -> nn.Module:
         student_out = pixelss.multi_scale_forward(student, images)
         loss = torch.stack([bce(o.logits, labels) for o in student_out]).mean()
         if step == start:
-            teacher = pixelss.EMATeacher(student)  # from the converged baseline, not from its first weights
+            teacher = pixelss.EMATeacher(student)  # from the converged baseline
         if step >= start:
             teacher_out = pixelss.multi_scale_forward(teacher, images)
             mask = region(pixelss.msinf_cam([o.cam for o in teacher_out], labels), labels)
             bank.update(teacher_out[1].features, mask)
             cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
-            loss = loss + rcl(student_out[1].features, mask, bank.prototypes, bank.filled) + mal(*cams, labels)
+            loss = loss + rcl(student_out[1].features, mask, bank.prototypes, bank.filled)
+            loss = loss + mal(*cams, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -11,7 +11,8 @@ import pixelss
 
 
 def main() -> None:
-    # Stride 16, images of any size: the position embedding is resized. Add pretrained=True for timm's weights.
+    # Stride 16, images of any size: the position embedding is resized.
+    # Add pretrained=True for timm's weights.
     backbone: Any = pixelss.timm_backbone("vit_tiny_patch16_224", output_stride=16)
     model = nn.Sequential(backbone, pixelss.CAMHead(backbone.out_channels, num_classes=20))
 
