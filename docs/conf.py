@@ -94,22 +94,32 @@ def _prose(part: str) -> str:
     pieces = re.split(f"({_SHAPE.pattern})", part)
     escaped = [re.sub(r"([*|]|_(?!\w))", r"\\\1", piece).replace(" -> ", " → ") for piece in pieces[::2]]
     for i, piece in enumerate(pieces[1::2]):
-        escaped[i] += f"\\ ``{piece}``\\ " if piece else ""
+        unbroken = piece.replace(" ", "\N{NO-BREAK SPACE}")
+        escaped[i] += f"\\ ``{unbroken}``\\ " if piece else ""
     return "".join(escaped)
 
 
-def tidy(app: Any, what: str, name: str, obj: object, options: Any, signature: str, returns: str) -> Any:
-    """Shorten what signatures say of other packages."""
-
-    def short(text: str | None) -> str | None:
-        return text and re.sub(r"(?:~?torch|numpy|collections\.abc|typing|os)\.(?:[a-z_]+\.)*", "", text)
-
-    return short(signature), short(returns)
+def append_voc(app: Any, docname: str, source: list[str]) -> None:
+    """Append examples/voc/README.md to the page on VOC, a heading level down, links into the repository as text."""
+    path = ROOT / "examples" / "voc" / "README.md"
+    if docname != "voc" or not path.exists():
+        return
+    app.env.note_dependency(str(path))
+    lines, code = [], False
+    for line in path.read_text().splitlines():
+        code ^= line.lstrip().startswith("```")
+        if not code:
+            line = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)", "", line)
+            line = re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", line)
+            line = re.sub(r"^(?=#+ )", "#", line)
+        lines.append(line)
+    source[0] += "\n" + "\n".join(lines) + "\n"
 
 
 def setup(app: Any) -> None:
     """Draw the pictures, take the notebooks in, and hook the docstrings' conversion up before napoleon's."""
     app.connect("autodoc-process-docstring", to_rest, priority=400)
+    app.connect("source-read", append_voc)
     subprocess.run([sys.executable, str(DOCS / "pictures.py")], check=True)
     notebooks = DOCS / "notebooks"
     notebooks.mkdir(exist_ok=True)
