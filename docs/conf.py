@@ -54,6 +54,7 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
 autodoc_preserve_defaults = True
+autodoc_type_aliases = {"ArrayLike": "ArrayLike", "Pixels": "ndarray", "NDArray": "NDArray", "Offsets": "Offsets"}
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 napoleon_google_docstring = True
@@ -62,7 +63,7 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_custom_sections = ["Shape", "Reference"]
 # Types of other packages: their inventories are not fetched, so that the build works offline.
-_FOREIGN = "ArrayLike|Pixels|NDArray|Tensor|ModuleT|Sequence|Mapping|Callable|Any|Offsets"
+_FOREIGN = "ArrayLike|Pixels|ndarray|NDArray|Tensor|ModuleT|Sequence|Mapping|Callable|Any|Offsets"
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|numpy|np|nn|os|collections|typing|matplotlib|timm)(\..*)?"),
     ("py:.*", rf"(.*\.)?({_FOREIGN})"),
@@ -99,6 +100,13 @@ def _prose(part: str) -> str:
     return "".join(escaped)
 
 
+def name_aliases(
+    app: Any, what: str, name: str, obj: object, options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, ...]:
+    """Write an alias inside a larger type by its name alone."""
+    return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returns))
+
+
 def append_voc(app: Any, docname: str, source: list[str]) -> None:
     """Append examples/voc/README.md to the page on VOC, a heading level down, links into the repository as text."""
     path = ROOT / "examples" / "voc" / "README.md"
@@ -119,6 +127,7 @@ def append_voc(app: Any, docname: str, source: list[str]) -> None:
 def setup(app: Any) -> None:
     """Draw the pictures, take the notebooks in, and hook the docstrings' conversion up before napoleon's."""
     app.connect("autodoc-process-docstring", to_rest, priority=400)
+    app.connect("autodoc-process-signature", name_aliases)
     app.connect("source-read", append_voc)
     subprocess.run([sys.executable, str(DOCS / "pictures.py")], check=True)
     notebooks = DOCS / "notebooks"
