@@ -1,0 +1,186 @@
+"""Training batches that depend on nothing but the seed and the step.
+
+Position p of the stream is one augmented image: epoch p // len, a permutation per (seed, epoch), a random generator
+per (seed, p). Step i takes the positions i * batch to (i + 1) * batch, whatever the number of processes and workers.
+So there is no random state of a worker to save: a run resumes at a step by asking for that step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from config import Augment, Config
+from data import VOID, BadFileError, VOCFolder
+from networks import to_tensor
+from numpy.typing import NDArray
+from parallel import share, world_size
+from PIL import Image, ImageEnhance
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+Resampling = Image.Resampling
+
+
+class Batch(NamedTuple):
+    """This process's share of a step.
+
+    Attributes:
+        images: normalised (B, 3, crop, crop), zero outside the image.
+        tags: (B, N), on the CPU.
+        maps: label maps (B, M, crop, crop), uint8, void outside the image.
+    """
+
+    images: Tensor
+    tags: Tensor
+    maps: Tensor
+
+
+class Window(NamedTuple):
+    """What an augmentation takes of an image and where it puts it: a float box, its new size, its corner."""
+
+    box: tuple[float, float, float, float]
+    size: tuple[int, int]
+    corner: tuple[int, int]
+    flip: bool
+
+
+def draw_window(rng: np.random.Generator, size: tuple[int, int], augment: Augment) -> Window:
+    """Draw rescale, crop and flip of an image of `size` (width, height) at once: only the crop is ever resized."""
+    W, H = size
+    crop = augment.crop
+    flip = bool(rng.random() < augment.flip)
+    if augment.resize == "area":
+        return Window(_draw_area(rng, size, augment.resize_range), (crop, crop), (0, 0), flip)
+    factor = rng.uniform(*augment.resize_range) / (max(size) if augment.resize == "longest" else 1)
+    full = [max(1, round(side * factor)) for side in size]
+    part = [min(side, crop) for side in full]
+    x, y = (int(rng.integers(whole - side + 1)) for whole, side in zip(full, part, strict=True))
+    left, top = (int(rng.integers(crop - side + 1)) for side in part)
+    box = x * W / full[0], y * H / full[1], (x + part[0]) * W / full[0], (y + part[1]) * H / full[1]
+    return Window((box[0], box[1], min(box[2], W), min(box[3], H)), (part[0], part[1]), (left, top), flip)
+
+
+def _draw_area(
+    rng: np.random.Generator, size: tuple[int, int], areas: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """Draw a box of a share of the area in `areas`, sides 3:4 to 4:3; as large as fits where ten draws do not."""
+    W, H = size
+    w = h = min(W, H)
+    for _ in range(10):
+        area, ratio = W * H * rng.uniform(*areas), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        wide, high = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
+        if 0 < wide <= W and 0 < high <= H:
+            w, h = wide, high
+            break
+    x, y = int(rng.integers(W - w + 1)), int(rng.integers(H - h + 1))
+    return x, y, x + w, y + h
+
+
+def cut(pixels: NDArray[np.uint8], window: Window, resample: Resampling) -> NDArray[np.uint8]:
+    """Return the window of an image or label map, resized and flipped."""
+    part = np.asarray(Image.fromarray(pixels).resize(window.size, resample, window.box))
+    return part[:, ::-1] if window.flip else part
+
+
+def colour_jitter(image: NDArray[np.uint8], rng: np.random.Generator, augment: Augment) -> NDArray[np.uint8]:
+    """Change brightness, contrast, saturation and hue, in random order."""
+    *amounts, hue = augment.jitter
+    factors = [rng.uniform(max(0.0, 1 - amount), 1 + amount) for amount in amounts]
+    shift = round(256 * rng.uniform(-hue, hue))
+    order = rng.permutation(4)
+    if rng.random() >= augment.jitter_probability:
+        return image
+    picture = Image.fromarray(image)
+    for i in order:
+        if i < 3:
+            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i]
+            picture = enhance(picture).enhance(factors[i])
+        else:
+            bands = list(picture.convert("HSV").split())
+            bands[0] = bands[0].point([(value + shift) % 256 for value in range(256)])
+            picture = Image.merge("HSV", bands).convert("RGB")
+    return np.asarray(picture)
+
+
+class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
+    """The stream of augmented images of one training stage.
+
+    Args:
+        data: the data set.
+        stems: the training list.
+        config: its seed, normalisation and `data.on_bad_file` count.
+        augment: of the stage.
+        map_folders: folders of label maps STEM.png that are cut like their image.
+    """
+
+    def __init__(
+        self, data: VOCFolder, stems: Sequence[str], config: Config, augment: Augment, map_folders: Sequence[Path] = ()
+    ) -> None:
+        self.data, self.stems, self.config, self.augment, self.map_folders = data, stems, config, augment, map_folders
+
+    def __len__(self) -> int:
+        return len(self.stems)
+
+    def __getitem__(self, position: int) -> tuple[Batch, list[str]] | BadFileError:
+        """Return a batch of one and the complaints about images passed over; an error is returned, not raised.
+
+        An exception of a worker process would reach the user as a traceback in a traceback.
+        """
+        skipped: list[str] = []
+        epoch, place = divmod(position, len(self))
+        order = np.random.default_rng((self.config.seed, 0, epoch)).permutation(len(self))
+        for i in range(len(self)):
+            stem = self.stems[order[(place + i) % len(self)]]
+            try:
+                return self.sample(stem, np.random.default_rng((self.config.seed, 1, position))), skipped
+            except BadFileError as error:
+                if self.config.data.on_bad_file == "stop":
+                    return BadFileError(f"{error} To pass over such images set data.on_bad_file: skip.")
+                skipped.append(f"skipped the image {stem}: {error}")
+        return BadFileError(f"no image of the training list can be used; {skipped[-1]}")
+
+    def sample(self, stem: str, rng: np.random.Generator) -> Batch:
+        image, tags = self.data.image(stem), self.data.tags(stem)
+        maps = [self.data.mask(stem, folder=folder) for folder in self.map_folders]
+        window = draw_window(rng, (image.shape[1], image.shape[0]), self.augment)
+        pixels = colour_jitter(cut(image, window, Resampling.BILINEAR), rng, self.augment)
+        (left, top), (w, h), crop = window.corner, window.size, self.augment.crop
+        images = torch.zeros(1, 3, crop, crop)
+        images[0, :, top : top + h, left : left + w] = to_tensor(pixels, self.config)
+        canvas = torch.full((1, len(maps), crop, crop), VOID, dtype=torch.uint8)
+        for i, label_map in enumerate(maps):
+            part = torch.from_numpy(cut(label_map, window, Resampling.NEAREST).copy())
+            canvas[0, i, top : top + h, left : left + w] = part
+        return Batch(images, tags[None], canvas)
+
+    def batches(self, batch: int, start: int, stop: int, *, pin: bool) -> Iterator[Batch]:
+        """Yield this process's share of the steps `start` to `stop`."""
+        if batch < world_size():
+            raise ValueError(f"schedule.batch must be at least the number of processes {world_size()}, but is {batch}.")
+        shares = [list(share(range(step * batch, (step + 1) * batch))) for step in range(start, stop)]
+        workers = self.config.workers
+        loader: DataLoader[object] = DataLoader(
+            self, batch_sampler=shares, collate_fn=_collate, num_workers=workers, pin_memory=pin
+        )
+        for item in loader:  # one pass is the whole training: workers start once
+            if isinstance(item, BadFileError):
+                raise item
+            images, skipped = item
+            for complaint in skipped:
+                warnings.warn(complaint, stacklevel=2)
+            yield images
+
+
+def _collate(items: list[tuple[Batch, list[str]] | BadFileError]) -> tuple[Batch, list[str]] | BadFileError:
+    samples = []
+    for item in items:
+        if isinstance(item, BadFileError):
+            return item
+        samples.append(item)
+    joined = Batch(*(torch.cat(parts) for parts in zip(*(batch for batch, _ in samples), strict=True)))
+    return joined, [complaint for _, skipped in samples for complaint in skipped]

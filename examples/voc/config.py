@@ -1,0 +1,294 @@
+"""Every setting of the pipeline, typed; paper.yaml gives the paper's values and the reasons for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Scales = tuple[float, ...]
+
+
+@dataclass
+class Data:
+    """Which images.
+
+    Args:
+        classes: foreground class names in the masks' order; null reads classes.txt of the data folder.
+        train: list that is trained on, with tags only.
+        score: list whose masks score the CAMs and pseudo-labels.
+        val: list whose masks score the segmentation.
+        test: list without masks, exported for the test server; null skips the export.
+        on_bad_file: stop at an unreadable image, mask or annotation, or skip it with a warning.
+    """
+
+    classes: list[str] | None = None
+    train: str = "train_aug"
+    score: str = "train"
+    val: str = "val"
+    test: str | None = "test"
+    on_bad_file: Literal["stop", "skip"] = "stop"
+
+
+@dataclass
+class Network:
+    """The backbone of all three networks.
+
+    Args:
+        backbone: resnet38, small (a few convolutions, for the demo) or any timm name.
+        weights: its weight file; its norms are then frozen, resnet38's stem as well.
+        output_stride: of a timm network.
+        dim: D, the channels of the CAM head's features.
+    """
+
+    backbone: str = "resnet38"
+    weights: Path | None = None
+    output_stride: int = 8
+    dim: int = 256
+
+
+@dataclass
+class Augment:
+    """Random changes of a training image, in this order.
+
+    Args:
+        crop: side of the square crop in pixels; a smaller image is padded with zeros after normalisation.
+        resize: `scale`: sides times U(range), then the crop; `area`: a random resized crop of that range of areas;
+            `longest`: longest side U(range) pixels, then the crop.
+        resize_range: see `resize`.
+        flip: probability of a horizontal flip.
+        jitter: brightness, contrast, saturation, hue.
+        jitter_probability: of the colour jitter.
+    """
+
+    crop: int = 192
+    resize: Literal["scale", "area", "longest"] = "scale"
+    resize_range: tuple[float, float] = (0.5, 1.3)
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    jitter_probability: float = 0.8
+
+
+@dataclass
+class Optimizer:
+    """SGD with a learning rate that falls as (1 - step / steps)^power.
+
+    Args:
+        lr: of the backbone's weights.
+        head_lr: factor on `lr` for the new layers.
+        bias_lr: factor on `lr` for biases.
+        momentum: the field's scripts set none in effect (they pass the weight decay in its place).
+        weight_decay: of all weights.
+        power: of the decay.
+        clip: largest norm of the gradient; null does not clip.
+    """
+
+    lr: float = 0.01
+    head_lr: float = 1.0
+    bias_lr: float = 2.0
+    momentum: float = 0.0
+    weight_decay: float = 5e-4
+    power: float = 0.9
+    clip: float | None = None
+
+
+@dataclass
+class Schedule:
+    """How long, and how often the state is saved.
+
+    Args:
+        epochs: passes over the training list.
+        iterations: steps; where given, they replace `epochs`.
+        batch: images a step over all processes.
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between lines of metrics.jsonl.
+    """
+
+    epochs: float = 20.0
+    iterations: int | None = None
+    batch: int = 16
+    checkpoint_every: int = 500
+    log_every: int = 20
+
+
+@dataclass
+class Gate:
+    """When a loss starts: after so many epochs, or, where given, after so many iterations."""
+
+    epochs: float = 0.0
+    iterations: int | None = None
+
+
+@dataclass
+class CAM:
+    """Stage train_cam: the CAM network and the paper's losses.
+
+    Args:
+        cls: weight of the classification loss (lambda_1 of Eq. 9).
+        rcm: weight of the regional contrastive loss.
+        mam: weight of the multi-scale attentive loss.
+        direct: weight of the direct loss (Table 2, Exp. 1).
+        rcm_gate: when the contrastive (and the direct) loss starts.
+        mam_gate: when the attentive loss starts.
+        scales: of student and teacher.
+        cls_scales: of the classification loss, a part of `scales`.
+        mam_student_scales: of the student in the attentive loss, a part of `scales`; null: all; one for SMM.
+        attentive: false sets xi = 1 (MMM, SMM).
+        form: of the contrastive loss: infonce, or ratio as Eq. 5 is printed.
+        temperature: T.
+        threshold: of the class region mask.
+        teacher_momentum: alpha; 0 shares the weights.
+        start_from: a finished train_cam folder to start from, for rows that share one baseline.
+    """
+
+    cls: float = 1.0
+    rcm: float = 1.0
+    mam: float = 1.0
+    direct: float = 0.0
+    rcm_gate: Gate = field(default_factory=Gate)
+    mam_gate: Gate = field(default_factory=lambda: Gate(epochs=6))
+    scales: Scales = (0.5, 1.0, 2.0)
+    cls_scales: Scales = (0.5, 1.0, 2.0)
+    mam_student_scales: Scales | None = None
+    attentive: bool = True
+    form: Literal["infonce", "ratio"] = "infonce"
+    temperature: float = 0.5
+    threshold: float = 0.2
+    teacher_momentum: float = 0.997
+    start_from: Path | None = None
+    schedule: Schedule = field(default_factory=Schedule)
+    augment: Augment = field(default_factory=Augment)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+@dataclass
+class CRF:
+    """A dense CRF; null switches a kernel off.
+
+    Args:
+        iterations: of the mean field.
+        gaussian: sxy in pixels, compat.
+        bilateral: sxy in pixels, srgb in grey levels, compat.
+    """
+
+    iterations: int = 10
+    gaussian: tuple[float, float] | None = (3.0, 3.0)
+    bilateral: tuple[float, float, float] | None = (80.0, 13.0, 10.0)
+
+
+@dataclass
+class InferCAM:
+    """Stages infer_cam and score_cam.
+
+    Args:
+        scales: each also flipped.
+        single_scales: score every scale by itself as well (Table 5).
+        max_batch: most images of one shape that share a forward pass.
+        crf: CAMs are scored with it as well ("also with CRF" of Table 1); null leaves that out.
+        crf_alpha: of the background score beside the CAMs in that CRF; null: a constant background at the best
+            threshold, what the CAMs compete with in the score without CRF.
+    """
+
+    scales: Scales = (0.5, 1.0, 1.5, 2.0)
+    single_scales: bool = False
+    max_batch: int = 8
+    crf: CRF | None = field(default_factory=CRF)
+    crf_alpha: float | None = None
+
+
+@dataclass
+class Affinity:
+    """Stage train_affinity: AffinityNet, its labels from two CRF results on the CAMs.
+
+    Args:
+        alpha_low: of the background score whose foreground is trusted.
+        alpha_high: of the background score whose background is trusted.
+        radius: in cells.
+    """
+
+    alpha_low: float = 4.0
+    alpha_high: float = 32.0
+    radius: int = 5
+    crf: CRF = field(default_factory=CRF)
+    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=8, batch=8))
+    augment: Augment = field(default_factory=lambda: Augment(crop=448, resize_range=(0.7, 1.3)))
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(head_lr=10))
+
+
+@dataclass
+class MakeLabels:
+    """Stage make_labels: the random walk, and a CRF on its result.
+
+    Args:
+        alpha: of the background score that walks along.
+        beta: exponent of the affinities.
+        log_steps: logarithm to base 2 of the walk's steps.
+        crf: on the walk's result; null leaves it out.
+    """
+
+    alpha: float = 16.0
+    beta: float = 8.0
+    log_steps: int = 8
+    crf: CRF | None = field(default_factory=CRF)
+
+
+@dataclass
+class Segmentation:
+    """Stages train_seg, infer_seg and evaluate: DeepLab-LargeFOV on the pseudo-labels.
+
+    Args:
+        norm: LargeFOV's variant with batch norm.
+        from_cam: start from the CAM network's backbone, else from `network.weights`.
+        scales: of the training loss.
+        test_scales: of the inference, each also flipped.
+        tile: side of the largest input in pixels.
+        max_batch: most images of one shape that share a forward pass.
+        crf: on the result; null leaves it out.
+    """
+
+    norm: bool = False
+    from_cam: bool = True
+    scales: Scales = (1.0, 0.75, 0.5)
+    test_scales: Scales = (0.5, 0.75, 1.0, 1.25, 1.5)
+    tile: int = 1024
+    max_batch: int = 4
+    crf: CRF | None = field(default_factory=CRF)
+    schedule: Schedule = field(default_factory=lambda: Schedule(epochs=35, batch=8))
+    augment: Augment = field(
+        default_factory=lambda: Augment(
+            crop=321, resize="longest", resize_range=(256, 768), jitter=(0.3, 0.3, 0.3, 0.1), jitter_probability=1.0
+        )
+    )
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=7e-4, head_lr=10))
+
+
+@dataclass
+class Config:
+    """The whole pipeline.
+
+    Args:
+        seed: of every random choice.
+        device: cuda or cpu.
+        precision: of autocast.
+        deterministic: two runs on one GPU agree bit for bit; slower.
+        compile: torch.compile the networks.
+        workers: processes that load images, a training process.
+        on_nonfinite_loss: stop, or skip that step.
+        tensorboard: also write TensorBoard files, with CAM overlays of fixed images.
+    """
+
+    seed: int = 0
+    device: Literal["cuda", "cpu"] = "cuda"
+    precision: Literal["float32", "bf16", "fp16"] = "bf16"
+    deterministic: bool = False
+    compile: bool = True
+    workers: int = 8
+    on_nonfinite_loss: Literal["stop", "skip"] = "stop"
+    tensorboard: bool = False
+    data: Data = field(default_factory=Data)
+    network: Network = field(default_factory=Network)
+    cam: CAM = field(default_factory=CAM)
+    infer_cam: InferCAM = field(default_factory=InferCAM)
+    affinity: Affinity = field(default_factory=Affinity)
+    make_labels: MakeLabels = field(default_factory=MakeLabels)
+    seg: Segmentation = field(default_factory=Segmentation)

@@ -1,0 +1,61 @@
+"""Label maps from CAMs by a CRF: the two of AffinityNet's training, and the steps that other stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from config import CRF
+from data import voc_palette
+from infer_cam import cam_path
+from inference import shared_batches
+from numpy.typing import NDArray
+from parallel import barrier
+from stages import Run
+from storage import load_cam, save_mask
+from torch import Tensor
+
+import pixelss
+
+Array = NDArray[np.uint8]
+
+
+@torch.inference_mode()
+def write_crf_labels(run: Run) -> None:
+    """Write two label maps of every training image: low's foreground and high's background are to be trusted."""
+    config = run.config.affinity
+
+    def paths(stem: str) -> list[Path]:
+        return [run.folder("train_affinity") / "labels" / name / f"{stem}.png" for name in ("low", "high")]
+
+    def read(stem: str) -> tuple[Array, Tensor, Tensor]:
+        return run.data.image(stem), load_cam(cam_path(run, stem), run.data.num_classes), run.data.tags(stem)
+
+    def done(stem: str) -> bool:
+        return all(path.is_file() for path in paths(stem))
+
+    stems = run.data.stems(run.config.data.train)
+    for ((stem, (image, cam, tags)),) in shared_batches(run, stems, read, desc="crf_labels", done=done):
+        cam = cam[None].to(run.device)
+        alphas = config.alpha_low, config.alpha_high
+        both = torch.cat([with_background(cam, tags, pixelss.background_score(cam, alpha=alpha)) for alpha in alphas])
+        for path, labels in zip(paths(stem), label_maps(image, both, tags, config.crf), strict=True):
+            save_mask(path, labels, voc_palette())
+    barrier()
+
+
+def with_background(cam: Tensor, tags: Tensor, background: Tensor) -> Tensor:
+    """Return the background's score (1, 1, H, W) and the CAMs of the present classes, (1, 1 + P, H, W)."""
+    return torch.cat([background, cam[:, tags > 0]], 1)
+
+
+def label_maps(image: Array, scores: Tensor, tags: Tensor, crf: CRF | None) -> Sequence[Array]:
+    """Return the label maps (H, W) of S sets of scores (S, 1 + P, H, W) of one image, which share the CRF's lattice."""
+    if crf:
+        levels = torch.from_numpy(image).to(scores.device).permute(2, 0, 1).expand(len(scores), -1, -1, -1)
+        scores = pixelss.dense_crf(levels, scores, **asdict(crf))
+    classes = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + tags.nonzero().flatten()])
+    return [labels.numpy() for labels in classes[scores.argmax(1).cpu()].to(torch.uint8)]

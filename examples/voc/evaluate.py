@@ -1,0 +1,60 @@
+"""Stage evaluate: the segmentation's class-wise IoU on data.val, the paper's beside ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from inference import shared_batches
+from numpy.typing import NDArray
+from parallel import rank
+from stages import Run
+from storage import write_atomic
+
+import pixelss
+
+Array = NDArray[np.uint8]
+
+
+def score_masks(run: Run, folder: Path, stems: list[str], desc: str) -> pixelss.SegmentationScores:
+    """Return the scores of the label maps in `folder` against the data set's masks, over all processes."""
+    matrix = pixelss.ConfusionMatrix(run.data.num_classes + 1)
+
+    def read(stem: str) -> tuple[Array, Array]:
+        return run.data.mask(stem, folder=folder), run.data.mask(stem)
+
+    for ((_, masks),) in shared_batches(run, stems, read, desc=desc):
+        matrix.update(*(torch.from_numpy(mask)[None] for mask in masks))
+    return matrix.to(run.device).compute()
+
+
+def evaluate(run: Run) -> None:
+    """Score infer_seg's label maps; write scores.json and table.md."""
+    name = run.config.data.val
+    scores = score_masks(run, run.folder("infer_seg") / "val", run.data.stems(name), "evaluate")
+    ours = {"mean": scores.miou.item()}
+    ours |= dict(zip(["background", *run.data.classes], scores.iou.tolist(), strict=True))
+    if rank() == 0:
+        folder = run.folder("evaluate")
+        write_atomic(folder / "scores.json", json.dumps({"list": name, "iou": ours}, indent=1) + "\n")
+        write_atomic(folder / "table.md", class_table(ours, f"IoU (%) of the segmentation on {name}.txt"))
+    run.finish("evaluate", list=name, miou=round(100 * ours["mean"], 1))
+
+
+def class_table(ours: dict[str, float], caption: str) -> str:
+    """Return a Markdown table of the classes' IoU, with the paper's (VOC val) for classes of the same name."""
+    paper = paper_figures()["table4"]
+    lines = [f"{caption}; the paper's: VOC 2012 val, its Table 4.", "", "| class | ours | paper |", "|---|---|---|"]
+    lines += [f"| {name} | {100 * iou:.1f} | {paper.get(name, {}).get('iou', '-')} |" for name, iou in ours.items()]
+    return "\n".join(lines) + "\n"
+
+
+def paper_figures() -> dict[str, dict[str, dict[str, float]]]:
+    """Return the paper's figures, table by table, row by row."""
+    figures: dict[str, dict[str, dict[str, float]]] = yaml.safe_load(
+        (Path(__file__).parent / "paper_figures.yaml").read_text()
+    )
+    return figures

@@ -1,0 +1,95 @@
+"""Stage infer_cam: the CAMs of every training and scored image, over scales and flips, as one small PNG an image."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import BadFileError
+from inference import autocast, cam_stems, shared_batches, to_input
+from networks import load_trained
+from numpy.typing import NDArray
+from parallel import sum_over
+from stages import Run
+from storage import load_cam, save_cam
+from torch import Tensor, nn
+
+import pixelss
+
+Item = tuple[NDArray[np.uint8], Tensor]  # image, tags
+
+
+def cam_path(run: Run, stem: str, scale: float | None = None) -> Path:
+    """Return where an image's CAMs lie: those of all scales together, or of a single one."""
+    folder = run.folder("infer_cam")
+    return (folder if scale is None else folder / f"scale-{scale:g}") / f"{stem}.png"
+
+
+@torch.inference_mode()
+def infer_cam(run: Run) -> None:
+    """Write the CAMs that are not there yet; single scales only of the images that are scored."""
+    config = run.config.infer_cam
+    scored = set(run.data.stems(run.config.data.score))
+    stems = cam_stems(run)
+    single = config.scales if config.single_scales else ()
+
+    def paths(stem: str) -> dict[float | None, Path]:
+        scales: list[float | None] = [None, *(single if stem in scored else ())]
+        return {scale: cam_path(run, stem, scale) for scale in scales}
+
+    def read(stem: str) -> Item:
+        return run.data.image(stem), run.data.tags(stem)
+
+    model = load_trained(run, "train_cam")
+
+    def done(stem: str) -> bool:
+        return all(_whole(run, path) for path in paths(stem).values())
+
+    images, start = torch.zeros(1, device=run.device), time.perf_counter()
+    writes: list[Future[None]] = []
+    with ThreadPoolExecutor(max(1, run.config.workers)) as pool:
+        for batch in shared_batches(run, stems, read, desc="infer_cam", done=done, max_batch=config.max_batch):
+            outputs = cams_of_scales(run, model, [image for _, (image, _) in batch])
+            labels = torch.stack([tags for _, (_, tags) in batch]).to(run.device)
+            together = pixelss.msinf_cam([cam for pair in outputs for cam in pair], labels)
+            cams = {None: together} | {
+                scale: pixelss.msinf_cam(pair, labels)
+                for scale, pair in zip(config.scales, outputs, strict=True)
+                if single
+            }
+            for write in writes:  # of the batch before, done while the network worked on this one
+                write.result()
+            writes = [
+                pool.submit(save_cam, path, cams[scale][i], tags)
+                for i, (stem, (_, tags)) in enumerate(batch)
+                for scale, path in paths(stem).items()
+            ]
+            images += len(batch)
+        for write in writes:
+            write.result()
+    count, seconds = sum_over(images).item(), time.perf_counter() - start
+    stored = sum(path.stat().st_size for stem in stems if (path := cam_path(run, stem)).is_file())
+    results = {"images": len(stems), "megabytes": round(stored / 1e6, 1)}
+    run.finish("infer_cam", **results, images_per_second=round(count / seconds, 1))
+
+
+def cams_of_scales(run: Run, model: nn.Module, images: list[NDArray[np.uint8]]) -> list[tuple[Tensor, Tensor]]:
+    """Return for every scale the raw CAMs (B, N, H, W) of the images and of their mirror images, mirrored back."""
+    _, x = to_input(run, images)
+    with autocast(run):
+        outputs = pixelss.multi_scale_forward(model, torch.cat([x, x.flip(-1)]), scales=run.config.infer_cam.scales)
+    return [(output.cam[: len(x)], output.cam[len(x) :].flip(-1)) for output in outputs]
+
+
+def _whole(run: Run, path: Path) -> bool:
+    """Tell whether a CAM file is there and readable; a damaged one is written again."""
+    if not path.is_file():
+        return False
+    try:
+        load_cam(path, run.data.num_classes)
+    except BadFileError:
+        return False
+    return True

@@ -1,0 +1,44 @@
+"""Stage infer_seg: label maps of the val and test lists, from several scales and flips, then a CRF."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from data import voc_palette
+from inference import autocast, shared_batches, to_input
+from networks import load_trained
+from stages import Run
+from storage import save_mask
+from torch import nn
+
+import pixelss
+
+
+def infer_seg(run: Run) -> None:
+    """Write the label maps that are not there yet."""
+    network = load_trained(run, "train_seg")
+    lists = {"val": run.config.data.val, "test": run.config.data.test}
+    counts = {split: _segment(run, network, split, run.data.stems(name)) for split, name in lists.items() if name}
+    run.finish("infer_seg", **counts)
+
+
+@torch.inference_mode()
+def _segment(run: Run, network: nn.Module, split: str, stems: list[str]) -> int:
+    config, folder = run.config.seg, run.folder("infer_seg") / split
+
+    def done(stem: str) -> bool:
+        return (folder / f"{stem}.png").is_file()
+
+    size = config.max_batch
+    for batch in shared_batches(run, stems, run.data.image, desc=f"infer_seg {split}", done=done, max_batch=size):
+        levels, x = to_input(run, [image for _, image in batch])
+        with autocast(run):
+            logits = pixelss.multi_scale_inference(network, x, scales=config.test_scales, tile=config.tile)
+        probs = logits.softmax(1)
+        if config.crf:
+            probs = pixelss.dense_crf(levels, probs, **asdict(config.crf))
+        for (stem, _), labels in zip(batch, probs.argmax(1).to(torch.uint8).cpu().numpy(), strict=True):
+            save_mask(folder / f"{stem}.png", np.ascontiguousarray(labels), voc_palette())
+    return len(stems)

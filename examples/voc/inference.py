@@ -1,0 +1,95 @@
+"""What the stages that go through a list of images share: read ahead, batch by shape, skip bad files, show speed."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+from data import BadFileError
+from networks import normalisation
+from numpy.typing import NDArray
+from parallel import rank, share
+from stages import Run
+from torch import Tensor
+from tqdm import tqdm
+
+T = TypeVar("T")
+_AHEAD = 4  # batches that are read while one is worked on
+
+
+def shared_batches(
+    run: Run,
+    stems: Sequence[str],
+    read: Callable[[str], T],
+    *,
+    desc: str,
+    done: Callable[[str], bool] | None = None,
+    max_batch: int = 1,
+) -> Iterator[list[tuple[str, T]]]:
+    """Yield this process's share of a list, images of one size together, each with what `read` returns.
+
+    Images that are `done` are left out after the list is shared: other processes finish theirs at the same time. A
+    `BadFileError` stops, or leaves that image out with a warning, as data.on_bad_file says.
+    """
+
+    def read_all(batch: Sequence[str]) -> list[tuple[str, T]]:
+        items = []
+        for stem in batch:
+            try:
+                items.append((stem, read(stem)))
+            except BadFileError as error:
+                if run.config.data.on_bad_file == "stop":
+                    raise
+                warnings.warn(f"left out: {error}", stacklevel=2)
+        return items
+
+    own = [stem for stem in share(stems) if not (done and done(stem))]
+    batches: list[Sequence[str]] = [[stem] for stem in own]
+    if max_batch > 1:
+        shapes: dict[tuple[int, int], list[str]] = defaultdict(list)
+        for stem in own:
+            shapes[_size(run, stem)].append(stem)
+        batches = [group[i : i + max_batch] for group in shapes.values() for i in range(0, len(group), max_batch)]
+    bar = tqdm(total=len(own), desc=desc, unit="img", ncols=80, disable=rank() != 0)
+    with bar, ThreadPoolExecutor(2) as pool:
+        waiting = iter(batches)
+        ahead = [pool.submit(read_all, batch) for batch in islice(waiting, _AHEAD)]
+        while ahead:
+            items = ahead.pop(0).result()
+            ahead += [pool.submit(read_all, batch) for batch in islice(waiting, 1)]
+            if items:
+                yield items
+            bar.update(len(items))
+
+
+def _size(run: Run, stem: str) -> tuple[int, int]:
+    try:
+        return run.data.size(stem)
+    except BadFileError:
+        return 0, 0  # reading the image will say what is wrong
+
+
+def to_input(run: Run, images: Sequence[NDArray[np.uint8]]) -> tuple[Tensor, Tensor]:
+    """Return images of one size as bytes for the CRF and as the network's input, (B, 3, H, W) on the run's device."""
+    levels = torch.from_numpy(np.stack(images)).to(run.device).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(values, device=run.device).view(3, 1, 1) for values in normalisation(run.config))
+    # A permuted view has the layout of channels_last, which convolutions on CUDA are fastest with.
+    return levels, (levels / 255 - mean) / std
+
+
+def autocast(run: Run) -> AbstractContextManager[object]:
+    """Return the context of the run's precision."""
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.config.precision]
+    return torch.autocast(run.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def cam_stems(run: Run) -> list[str]:
+    """Return the images that need CAMs and pseudo-labels: those trained on and those scored."""
+    return list(dict.fromkeys(run.data.stems(run.config.data.train) + run.data.stems(run.config.data.score)))

@@ -1,0 +1,51 @@
+"""Stage make_labels: the pseudo-labels; CAMs spread by a random walk on AffinityNet's affinities, then a CRF."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from crf_labels import label_maps, with_background
+from data import voc_palette
+from evaluate import score_masks
+from infer_cam import cam_path
+from inference import autocast, cam_stems, shared_batches, to_input
+from networks import load_trained
+from numpy.typing import NDArray
+from parallel import barrier
+from stages import Run
+from storage import load_cam, save_mask
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+import pixelss
+
+Array = NDArray[np.uint8]
+
+
+@torch.inference_mode()
+def make_labels(run: Run) -> None:
+    """Write the pseudo-labels that are not there yet, and score them on the masks of data.score."""
+    config, radius = run.config.make_labels, run.config.affinity.radius
+    network = load_trained(run, "train_affinity")
+    folder = run.folder("make_labels")
+
+    def read(stem: str) -> tuple[Array, Tensor, Tensor]:
+        return run.data.image(stem), load_cam(cam_path(run, stem), run.data.num_classes), run.data.tags(stem)
+
+    def done(stem: str) -> bool:
+        return (folder / f"{stem}.png").is_file()
+
+    for ((stem, (image, cam, tags)),) in shared_batches(run, cam_stems(run), read, desc="make_labels", done=done):
+        cam = cam[None].to(run.device)
+        scores = with_background(cam, tags, pixelss.background_score(cam, alpha=config.alpha))
+        with autocast(run):
+            affinity = network(to_input(run, [image])[1])
+        cells = adaptive_avg_pool2d(scores, affinity.shape[-2:])
+        walked = pixelss.random_walk(cells, affinity, beta=config.beta, log_steps=config.log_steps, radius=radius)
+        walked = interpolate(walked, image.shape[:2], mode="bilinear")
+        (labels,) = label_maps(image, walked, tags, config.crf)
+        save_mask(folder / f"{stem}.png", labels, voc_palette())
+    barrier()
+    name = run.config.data.score
+    result = score_masks(run, folder, run.data.stems(name), "score_labels")
+    run.finish("make_labels", images=len(cam_stems(run)), list=name, miou=round(100 * result.miou.item(), 1))

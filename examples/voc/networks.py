@@ -1,0 +1,144 @@
+"""The three networks of the pipeline, all one backbone and one head: CAMs, affinities, segmentation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from config import Config, Network
+from numpy.typing import NDArray
+from stages import Run
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+import pixelss
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Small(nn.Module):
+    """A few convolutions of stride 8, for the demo and the tests; the last three are its taps."""
+
+    out_channels, stride = 128, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = []
+        for c_in, c_out, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1), (128, 128, 1)):
+            dilation = 3 - stride
+            conv = nn.Conv2d(c_in, c_out, 3, stride, dilation, dilation, bias=False)
+            layers.append(nn.Sequential(conv, nn.GroupNorm(8, c_out), nn.ReLU()))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_taps(x)[-1]
+
+    def forward_taps(self, x: Tensor) -> tuple[Tensor, ...]:
+        outputs = []
+        for layer in self.layers:
+            x = layer(x)
+            outputs.append(x)
+        return tuple(outputs[-3:])
+
+
+class Taps(nn.Module):
+    """A backbone that gives all feature maps of the affinity head; `out_channels` has one entry a map."""
+
+    def __init__(self, backbone: Any, out_channels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        self.out_channels = out_channels
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if hasattr(self.backbone, "forward_taps"):
+            taps: tuple[Tensor, ...] = self.backbone.forward_taps(x)
+            return taps
+        levels = self.backbone.net(x)
+        return tuple(interpolate(level, levels[-1].shape[-2:], mode="bilinear") for level in levels)
+
+
+def build_backbone(network: Network) -> Any:
+    """Build the backbone; given weights, its norms stay as they were trained, and so does resnet38's stem."""
+    backbone: Any
+    if network.backbone == "small":
+        if network.weights:
+            raise ValueError("network.weights must be null for the backbone small, which nobody published weights of.")
+        return Small()
+    if network.backbone == "resnet38":
+        backbone = pixelss.resnet38(network.weights)
+        backbone = backbone.freeze_stem() if network.weights else backbone
+    else:
+        backbone = pixelss.timm_backbone(network.backbone, output_stride=network.output_stride, **_pretrained(network))
+    return pixelss.freeze_norm(backbone) if network.weights else backbone
+
+
+def _pretrained(network: Network) -> dict[str, Any]:
+    overlay = {"file": str(network.weights)}
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay} if network.weights else {}
+
+
+def build_cam(config: Config, num_classes: int) -> nn.Sequential:
+    """Build the CAM network: images to a `pixelss.CAMOutput`."""
+    backbone = build_backbone(config.network)
+    return nn.Sequential(backbone, pixelss.CAMHead(backbone.out_channels, num_classes, dim=config.network.dim))
+
+
+def build_affinity(config: Config) -> nn.Sequential:
+    """Build AffinityNet: images to affinities (B, O, h, w).
+
+    Its taps are conv4, conv5 and conv6 of resnet38, else the last three feature maps at the size of the last; a timm
+    network must know `output_stride`, as convolutional ones do.
+    """
+    network, dims = config.network, (64, 128, 256)
+    if network.backbone in ("resnet38", "small"):
+        taps = Taps(build_backbone(network), (512, 1024, 4096) if network.backbone == "resnet38" else (128, 128, 128))
+    else:
+        # The same tensors under the same names as timm_backbone's, which gives the last level alone.
+        body = nn.Module()
+        body.net = net = timm.create_model(
+            network.backbone,
+            features_only=True,
+            out_indices=(-3, -2, -1),
+            output_stride=network.output_stride,
+            **_pretrained(network),
+        )
+        channels: Any = net.feature_info
+        taps = Taps(pixelss.freeze_norm(body) if network.weights else body, tuple(channels.channels()))
+    return nn.Sequential(taps, pixelss.AffinityHead(taps.out_channels, dims=dims, radius=config.affinity.radius))
+
+
+def build_segmentation(config: Config, num_classes: int) -> nn.Sequential:
+    """Build DeepLab-LargeFOV: images to logits (B, N + 1, h, w)."""
+    backbone = build_backbone(config.network)
+    return nn.Sequential(backbone, pixelss.LargeFOV(backbone.out_channels, num_classes, norm=config.seg.norm))
+
+
+def load_trained(run: Run, stage: str) -> nn.Sequential:
+    """Return the finished network of train_cam, train_affinity or train_seg, in eval mode on the run's device."""
+    path = run.folder(stage) / "model.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run stage {stage} first.")
+    plain = replace(run.config, network=replace(run.config.network, weights=None))  # they are in model.pt
+    if stage == "train_affinity":
+        network = build_affinity(plain)
+    else:
+        network = (build_cam if stage == "train_cam" else build_segmentation)(plain, run.data.num_classes)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return network.eval().to(run.device)
+
+
+def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation of RGB / 255 that the backbone expects."""
+    known = (
+        None if config.network.backbone in ("resnet38", "small") else timm.get_pretrained_cfg(config.network.backbone)
+    )
+    return (tuple(known.mean), tuple(known.std)) if known else IMAGENET
+
+
+def to_tensor(image: NDArray[np.uint8], config: Config) -> Tensor:
+    """Return an image (H, W, 3), uint8 RGB, as the normalised tensor (3, H, W) that the networks take."""
+    mean, std = (np.array(values, np.float32) for values in normalisation(config))
+    return torch.from_numpy((image.astype(np.float32) / 255 - mean) / std).permute(2, 0, 1)

@@ -1,0 +1,181 @@
+"""Run the pipeline, or some of its stages, on a folder in the VOC layout.
+
+    python run.py --data VOC2012 --out runs/paper --network.weights resnet38.params
+    python run.py --data demo --out runs/demo                 # generated images, CPU, a few minutes
+    torchrun --nproc-per-node 4 run.py --data VOC2012 --out runs/paper --network.weights resnet38.params
+
+Stages: {stages}.
+A finished stage is skipped; a killed one continues where it was. Any setting of the config can be given here, as
+--cam.schedule.epochs 10. `run.py --help` lists them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jsonargparse
+import torch
+from config import Config
+from data import VOCFolder
+from evaluate import evaluate
+from export_test import export_test
+from infer_cam import infer_cam
+from infer_seg import infer_seg
+from make_labels import make_labels
+from parallel import barrier, process_group, rank
+from plan import missing, print_plan
+from runfolder import UserError, log_stage, open_run, print_results
+from score_cam import score_cam
+from stages import Run
+from train_affinity import train_affinity
+from train_cam import train_cam
+from train_seg import train_seg
+
+HERE = Path(__file__).parent
+# Every stage, the stages whose results it reads, and the settings that lower its memory.
+STAGES: dict[str, tuple[Callable[[Run], None], tuple[str, ...], str]] = {
+    "train_cam": (train_cam, (), "cam.schedule.batch or cam.augment.crop"),
+    "infer_cam": (infer_cam, ("train_cam",), "infer_cam.max_batch"),
+    "score_cam": (score_cam, ("infer_cam",), "infer_cam.max_batch"),
+    "train_affinity": (train_affinity, ("infer_cam",), "affinity.schedule.batch or affinity.augment.crop"),
+    "make_labels": (make_labels, ("infer_cam", "train_affinity"), "the size of the images"),
+    "train_seg": (train_seg, ("make_labels",), "seg.schedule.batch or seg.augment.crop"),
+    "infer_seg": (infer_seg, ("train_seg",), "seg.max_batch or seg.tile"),
+    "evaluate": (evaluate, ("infer_seg",), "nothing: it holds two masks at a time"),
+    "export_test": (export_test, ("infer_seg",), "nothing: it holds the archive alone"),
+}
+
+
+def load_config(files: Sequence[Path], settings: Sequence[str] = ()) -> Config:
+    """Return the settings of the files, later ones on top, with --NAME VALUE settings on top of those."""
+    parser = _settings_parser()
+    arguments = [word for file in files for word in ("--config", str(file))]
+    try:
+        values = parser.instantiate(parser.parse_args([*arguments, *settings]))
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UserError(str(error)) from error
+    return Config(**{name: value for name, value in vars(values).items() if name != "config"})
+
+
+def _settings_parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def execute(run: Run, stages: Sequence[str]) -> None:
+    """Run the stages that are not finished, in order."""
+    for stage in stages:
+        function, needs, memory = STAGES[stage]
+        if run.finished(stage):
+            continue
+        if absent := [need for need in needs if not run.finished(need)]:
+            raise UserError(f"{stage} needs {' and '.join(absent)}, not finished in {run.out}: add to --stages.")
+        start = time.perf_counter()
+        try:
+            function(run)
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(f"Out of memory in {stage}: lower {memory}. ({error})") from error
+        if rank() == 0:
+            log_stage(run.out, stage, time.perf_counter() - start)
+
+
+def data_root(data: str, out: Path) -> Path:
+    """Return the data set's folder; for demo the generated images, written once beside the stages."""
+    if data != "demo":
+        return Path(data)
+    sys.path.append(str(HERE.parent))
+    from shapes import write_shapes
+
+    if rank() == 0:
+        write_shapes(out / "shapes")
+    barrier()
+    return out / "shapes"
+
+
+def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """Return the options of this command and the resolved config."""
+    text = (__doc__ or "").format(stages=", ".join(STAGES))
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False
+    )
+    add_options(parser)
+    parser.add_argument("--stages", default="all", help="all, names with commas, or from:NAME")
+    parser.add_argument("--dry-run", action="store_true", help="print plan, estimated cost and what is missing")
+    options, settings = parser.parse_known_args(arguments)
+    if {"-h", "--help"} & set(settings):
+        parser.print_help()
+        _settings_parser().print_help()
+        raise SystemExit
+    if not (options.data and options.out):
+        raise UserError("--data and --out are needed: see --help.")
+    wanted = options.stages.removeprefix("from:").split(",") if options.stages != "all" else list(STAGES)
+    if unknown := [name for name in wanted if name not in STAGES]:
+        raise UserError(f"--stages must be all, from:NAME or names of {', '.join(STAGES)}, but has {unknown}.")
+    names = list(STAGES)
+    chosen = names[names.index(wanted[0]) :] if options.stages.startswith("from:") else wanted
+    options.stages = [name for name in names if name in chosen]
+    return options, load_config(options.config or default_config(options.data), settings)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what run.py and tables.py share."""
+    parser.add_argument("--data", help="a folder in the VOC layout, or demo for generated images")
+    parser.add_argument("--out", type=Path, help="the run folder")
+    parser.add_argument("--config", type=Path, action="append", help="of settings; several: later ones on top")
+    parser.add_argument("--debug", action="store_true", help="errors with a traceback, as PIXELSS_DEBUG=1")
+
+
+def default_config(data: str) -> list[Path]:
+    return [HERE / ("demo.yaml" if data == "demo" else "paper.yaml")]
+
+
+def main() -> None:
+    options, config = parse_args(sys.argv[1:])
+    if options.dry_run:
+        raise SystemExit(dry_run(options, config))
+    with process_group(config.device if torch.cuda.is_available() else "cpu") as device:
+        root = data_root(options.data, options.out)
+        check(config, root, options.stages)
+        run = open_run(config, root, options.out, device)
+        execute(run, options.stages)
+        if rank() == 0:
+            print_results(run, list(STAGES))
+
+
+def check(config: Config, root: Path, stages: list[str]) -> None:
+    """Raise with everything that is missing, before hours are spent."""
+    if faults := missing(config, root, stages):
+        raise UserError("This is missing:\n" + "\n".join(f"- {fault}" for fault in faults))
+
+
+def dry_run(options: argparse.Namespace, config: Config) -> int:
+    """Print the plan and what is missing; returns the exit code. Nothing is written, the demo's images aside."""
+    root = data_root(options.data, options.out)
+    faults = missing(config, root, options.stages)
+    finished = [name for name in options.stages if (options.out / name / "done.json").is_file()]
+    print_plan(config, None if faults else VOCFolder(root, config.data.classes), options.stages, finished)
+    print("\n".join(["Missing:", *(f"- {fault}" for fault in faults)] if faults else ["Nothing is missing."]))
+    return 1 if faults else 0
+
+
+def guarded(main: Callable[[], None]) -> None:
+    """Call `main`; errors that tell the user what to do are one message, with a traceback only in debug mode."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped. The same command continues where it was.") from None
+    except (UserError, OSError, ValueError, RuntimeError) as error:
+        if "--debug" in sys.argv or os.environ.get("PIXELSS_DEBUG"):
+            raise
+        raise SystemExit(f"{error}\n(--debug or PIXELSS_DEBUG=1 shows where)") from None
+
+
+if __name__ == "__main__":
+    guarded(main)

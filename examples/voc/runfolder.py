@@ -1,0 +1,98 @@
+"""The run folder: the config as resolved, the environment, and a table of what the stages gave."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import numpy as np
+import timm
+import torch
+import yaml
+from config import Config
+from data import VOCFolder
+from parallel import barrier, rank, world_size
+from stages import Run
+from storage import write_atomic
+
+import pixelss
+
+# Settings that change speed, memory or reports, not results: they may differ when a run continues.
+FREE = {"device", "workers", "compile", "tensorboard", "max_batch", "checkpoint_every", "log_every", "on_bad_file"}
+
+
+class UserError(Exception):
+    """What the user can mend; printed without a traceback."""
+
+
+def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run:
+    """Make or reopen a run folder; one that was made with other settings is refused, naming them."""
+    settings = json.loads(json.dumps(asdict(config), default=str))  # tuples as lists, paths as strings
+    environment = _environment(root, device)
+    if (out / "config.yaml").is_file():
+        before = _flat(yaml.safe_load((out / "config.yaml").read_text()))
+        after = _flat(settings) | {"--data": environment["data"]}
+        before["--data"] = json.loads((out / "environment.json").read_text())["data"]
+        names = [name for name in sorted(before.keys() | after.keys()) if name.rsplit(".", 1)[-1] not in FREE]
+        if changed := [f"  {n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]:
+            raise UserError(
+                f"{out} was made with other settings; name another --out, or remove it:\n" + "\n".join(changed)
+            )
+    barrier()  # every process has compared before one writes
+    if rank() == 0:
+        write_atomic(out / "environment.json", json.dumps(environment, indent=1) + "\n")
+        write_atomic(out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    barrier()
+    return Run(config, VOCFolder(root, config.data.classes), out, device)
+
+
+def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dictionaries under dotted names."""
+    if not isinstance(tree, dict):
+        return {name: tree}
+    return {k: v for key, branch in tree.items() for k, v in _flat(branch, f"{name}.{key}".strip(".")).items()}
+
+
+def _environment(root: Path, device: torch.device) -> dict[str, Any]:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        revision = ""  # no git: the version of pixelss below must do
+    return {
+        "data": str(root.resolve()),
+        "command": sys.argv,
+        "git_revision": revision or None,
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in (pixelss, torch, timm, np, jsonargparse)},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "processes": world_size(),
+    }
+
+
+def log_stage(out: Path, stage: str, seconds: float) -> None:
+    """Add a line to stages.jsonl."""
+    with (out / "stages.jsonl").open("a") as log:
+        log.write(json.dumps({"stage": stage, "seconds": round(seconds, 1), "processes": world_size()}) + "\n")
+
+
+def print_results(run: Run, stages: Sequence[str]) -> None:
+    """Print every finished stage with the seconds of its last start and its results, in 80 columns."""
+    log = run.out / "stages.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    seconds = {line["stage"]: line["seconds"] for line in lines}
+    print(f"{'stage':15}{'seconds':>8}  results (scores in %)")
+    for stage in filter(run.finished, stages):
+        text = ", ".join(f"{name} {value}" for name, value in run.results(stage).items())
+        name, spent = stage, f"{seconds[stage]:.0f}" if stage in seconds else ""
+        for line in textwrap.wrap(text, 55) or [""]:
+            print(f"{name:15}{spent:>8}  {line}")
+            name = spent = ""

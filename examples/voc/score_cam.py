@@ -1,0 +1,81 @@
+"""Stage score_cam: mIoU, precision and recall of the CAMs at the best threshold, plain and after a CRF."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from crf_labels import label_maps, with_background
+from infer_cam import cam_path
+from inference import shared_batches
+from numpy.typing import NDArray
+from parallel import rank
+from stages import Run
+from storage import load_cam, write_atomic
+from torch import Tensor
+
+import pixelss
+
+Array = NDArray[np.uint8]
+
+
+@torch.inference_mode()
+def score_cam(run: Run) -> None:
+    """Score on the masks of data.score, which no training sees; void is ignored.
+
+    The threshold is the best on those masks, as everywhere in the field. The CRF's background is that threshold as a
+    constant, so that CAMs and CRF are compared at one setting, or the background score where crf_alpha is given.
+    """
+    config = run.config.infer_cam
+    scores = _sweep(run, None)
+    threshold = scores["threshold"]
+    plain, refined = (pixelss.ConfusionMatrix(run.data.num_classes + 1).to(run.device) for _ in range(2))
+
+    def read(stem: str) -> tuple[Array, Tensor, Array, Tensor]:
+        cam = load_cam(cam_path(run, stem), run.data.num_classes)
+        return run.data.image(stem), cam, run.data.mask(stem), run.data.tags(stem)
+
+    stems = run.data.stems(run.config.data.score)
+    for ((_, (image, cams, mask, tags)),) in shared_batches(run, stems, read, desc="score_cam"):
+        cam, labels, truth = cams[None].to(run.device), tags[None].to(run.device), _on_device(run, mask)
+        plain.update(pixelss.class_region_mask(cam, labels, threshold=threshold), truth)
+        if config.crf:
+            if config.crf_alpha is None:
+                background = torch.full_like(cam[:, :1], threshold)
+            else:
+                background = pixelss.background_score(cam, alpha=config.crf_alpha)
+            (result,) = label_maps(image, with_background(cam, tags, background), tags, config.crf)
+            refined.update(_on_device(run, result), truth)
+    scores["iou"] = dict(zip(["background", *run.data.classes], plain.compute().iou.tolist(), strict=True))
+    if config.crf:
+        scores["crf_miou"] = refined.compute().miou.item()
+    if config.single_scales:
+        scores["single_scales"] = {str(scale): _sweep(run, scale) for scale in config.scales}
+    if rank() == 0:
+        write_atomic(run.folder("score_cam") / "scores.json", json.dumps(scores, indent=1) + "\n")
+    shown = {
+        name: round(100 * scores[name], 1) for name in ("miou", "precision", "recall", "crf_miou") if name in scores
+    }
+    run.finish("score_cam", list=run.config.data.score, **shown, threshold=threshold)
+
+
+def _sweep(run: Run, scale: float | None) -> dict[str, Any]:
+    """Return the scores over all thresholds, and at the best one precision and recall (means over classes)."""
+    sweep = pixelss.ThresholdSweep(run.data.num_classes).to(run.device)
+
+    def read(stem: str) -> tuple[Tensor, Array]:
+        return load_cam(cam_path(run, stem, scale), run.data.num_classes), run.data.mask(stem)
+
+    name = "all scales" if scale is None else f"scale {scale:g}"
+    for ((_, (cam, mask)),) in shared_batches(run, run.data.stems(run.config.data.score), read, desc=name):
+        sweep.update(cam[None].to(run.device), _on_device(run, mask))
+    scores = sweep.compute()
+    best = {k: getattr(scores, k)[scores.best].item() for k in ("miou", "precision", "recall")}
+    curve = {k: getattr(scores, k).tolist() for k in ("thresholds", "miou", "precision", "recall")}
+    return {**best, "threshold": scores.thresholds[scores.best].item(), "curve": curve}
+
+
+def _on_device(run: Run, mask: Array) -> Tensor:
+    return torch.from_numpy(mask)[None].to(run.device)

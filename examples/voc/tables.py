@@ -1,0 +1,237 @@
+"""The paper's ablations, a command each: tables 1, 2, 4 and 5 and figure 7, the paper's figures beside ours.
+
+    python tables.py table1 --data VOC2012 --out runs/tables --seeds 0 1 2 --network.weights resnet38.params
+
+NAME is one of {names}, or all. Every row is a run of its own, OUT/rows/ROW/seed-SEED, made by run.py's stages:
+a killed table continues, and tables share rows. Rows differ in their losses alone: data, schedule, classification
+scales and number of iterations are the config's. With --start FILE every row of a seed continues from one network that
+is trained with that config on top and without the modules. Writes OUT/NAME.md, .csv and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+from config import Config
+from evaluate import paper_figures
+from parallel import process_group, rank
+from run import STAGES, add_options, check, data_root, default_config, execute, guarded, load_config
+from runfolder import UserError, open_run
+from stages import Run
+from storage import write_atomic
+
+Figures = dict[str, dict[str, list[float]]]  # row, column, one percentage a seed
+THRESHOLDS = [0.1, 0.15, 0.2, 0.25, 0.3, 0.35]
+# What every row changes in the config.
+ROWS: dict[str, dict[str, object]] = {
+    "baseline": {"cam.rcm": 0, "cam.mam": 0},
+    "SMM": {"cam.rcm": 0, "cam.attentive": False, "cam.mam_student_scales": [1.0]},
+    "MMM": {"cam.rcm": 0, "cam.attentive": False},
+    "MAM": {"cam.rcm": 0},
+    "RCM": {"cam.mam": 0},
+    "MMM+RCM": {"cam.attentive": False},
+    "MAM+RCM": {},
+    "direct": {"cam.rcm": 0, "cam.mam": 0, "cam.direct": 1},
+    "weight sharing": {"cam.mam": 0, "cam.teacher_momentum": 0},
+    **{f"RCM t={t}": {"cam.mam": 0, "cam.threshold": t} for t in THRESHOLDS},
+}
+CAM_STAGES = ["train_cam", "infer_cam", "score_cam"]
+
+
+class Table(NamedTuple):
+    """A table's title, rows, columns (of scores.json) and last stages."""
+
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+
+
+TABLES = {
+    "table1": Table(
+        "Table 1, CAMs with every combination of modules",
+        ["baseline", "SMM", "MMM", "MAM", "RCM", "MMM+RCM", "MAM+RCM"],
+        ["miou", "crf_miou"],
+    ),
+    "table2": Table(
+        "Table 2, ways to learn from the class region masks",
+        ["baseline", "direct", "weight sharing", "RCM", "MAM", "MAM+RCM"],
+        ["miou", "precision", "recall"],
+    ),
+    "table4": Table("Table 4, class-wise IoU of the segmentation", ["MAM+RCM"], []),
+    "table5": Table("Table 5, CAMs inferred at single scales", ["baseline", "MAM+RCM"], []),
+    "fig7": Table(
+        "Figure 7, RCM at several thresholds of the region mask",
+        ["baseline", *(f"RCM t={t}" for t in THRESHOLDS)],
+        ["miou", "precision", "recall"],
+    ),
+}
+
+
+def run_row(row: str, seed: int, options: argparse.Namespace, root: Path, device: torch.device) -> Run:
+    """Run, or reopen, one row of a table with one seed."""
+
+    def config_of(name: str) -> Config:
+        start = [f"--cam.start_from={_folder(options.out, 'start', seed) / 'train_cam'}"] if options.start else []
+        overrides = [f"--{key}={value}" for key, value in ROWS[name].items()]
+        return load_config(options.config, [*options.settings, *start, *overrides, f"--seed={seed}"])
+
+    if options.start:
+        files, alone = [*options.config, options.start], [f"--{key}={value}" for key, value in ROWS["baseline"].items()]
+        config = load_config(files, [*options.settings, *alone, f"--seed={seed}"])
+        check(config, root, ["train_cam"])
+        execute(open_run(config, root, _folder(options.out, "start", seed), device), ["train_cam"])
+    config = config_of(row)
+    same = next(name for name in ROWS if config_of(name) == config)  # a threshold of fig7 may be that of RCM
+    stages = list(STAGES) if options.name == "table4" else CAM_STAGES
+    check(config, root, stages)
+    run = open_run(config, root, _folder(options.out, same, seed), device)
+    execute(run, stages)
+    return run
+
+
+def _folder(out: Path, row: str, seed: int) -> Path:
+    return out.resolve() / "rows" / row.replace(" ", "-") / f"seed-{seed}"
+
+
+def figures_of(name: str, runs: dict[str, list[Run]]) -> Figures:
+    """Return row, column, one percentage a seed; in table 4 the classes are the rows."""
+
+    def scores(run: Run, stage: str) -> dict[str, Any]:
+        return dict(json.loads((run.folder(stage) / "scores.json").read_text()))
+
+    if name == "table4":
+        ious = [scores(run, "evaluate")["iou"] for run in runs["MAM+RCM"]]
+        return {kind: {"iou": [100 * iou[kind] for iou in ious]} for kind in ious[0]}
+    figures: Figures = {}
+    for row, of_seeds in runs.items():
+        columns: dict[str, list[float]] = defaultdict(list)
+        for run in of_seeds:
+            cam = scores(run, "score_cam")
+            if name == "table5":
+                single = {scale: one["miou"] for scale, one in cam["single_scales"].items()}
+                values = single | {"all": cam["miou"]}
+                values |= {"mean": statistics.fmean(single.values()), "deviation": statistics.pstdev(single.values())}
+            else:
+                values = {column: cam[column] for column in TABLES[name].columns if column in cam}
+            for column, value in values.items():
+                columns[column].append(100 * value)
+        figures[row] = columns
+    return figures
+
+
+def write_table(name: str, figures: Figures, caption: str, seeds: list[int], out: Path) -> str:
+    """Write NAME.md and NAME.csv, the paper's figure beside each of ours; returns the Markdown."""
+    paper = paper_figures().get(name, {})
+    columns = list(next(iter(figures.values())))
+    head = ["row", *(text for column in columns for text in (column, f"{column}, paper"))]
+    lines, table = [head], io.StringIO()
+    for row, of_columns in figures.items():
+        pairs = [(_spread(of_columns[c]), str(paper.get(row, {}).get(c, "-"))) for c in columns]
+        lines.append([row, *(text for pair in pairs for text in pair)])
+    csv.writer(table).writerow(["row", "column", "seed", "value", "paper"])
+    for row, of_columns in figures.items():
+        for column, values in of_columns.items():
+            for seed, value in zip(seeds, values, strict=True):
+                csv.writer(table).writerow([row, column, seed, round(value, 2), paper.get(row, {}).get(column, "")])
+    rule = ["---"] * len(head)
+    text = f"{caption}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines[1:]))
+    write_atomic(out / f"{name}.md", text)
+    write_atomic(out / f"{name}.csv", table.getvalue())
+    return text
+
+
+def _spread(values: list[float]) -> str:
+    """Return the mean over the seeds, and half their range where there are several."""
+    return f"{statistics.fmean(values):.1f}" + (f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else "")
+
+
+def plot(name: str, figures: Figures, runs: dict[str, list[Run]], path: Path) -> None:
+    """Draw the first column, or the single scales of table 5; figure 7 over the threshold, the baseline as a line."""
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    means = {row: {c: statistics.fmean(v) for c, v in columns.items()} for row, columns in figures.items()}
+    if name == "fig7":
+        thresholds = [of_seeds[0].config.cam.threshold for row, of_seeds in runs.items() if row != "baseline"]
+        axes.plot(thresholds, [means[row]["miou"] for row in runs if row != "baseline"], marker="o", label="RCM")
+        axes.axhline(means["baseline"]["miou"], color="grey", label="baseline")
+        axes.set_xlabel("threshold of the region mask")
+    elif name == "table5":
+        for row, columns in means.items():
+            scales = [column for column in columns if column not in ("all", "mean", "deviation")]
+            axes.plot(scales, [columns[scale] for scale in scales], marker="o", label=row)
+        axes.set_xlabel("scale of the inference")
+    else:
+        paper = paper_figures().get(name, {})
+        column = next(iter(next(iter(means.values()))))
+        places = range(len(means))
+        axes.bar([i - 0.2 for i in places], [m[column] for m in means.values()], 0.4, label="ours")
+        axes.bar([i + 0.2 for i in places], [paper.get(row, {}).get(column, 0) for row in means], 0.4, label="paper")
+        axes.set_xticks(list(places), list(means), rotation=45 if len(means) > 6 else 0, ha="right")
+    axes.set_ylabel("mIoU (%)" if name != "table4" else "IoU (%)")
+    axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    plt.close(figure)
+    write_atomic(path, picture.getvalue())
+
+
+def caption_of(name: str, run: Run, seeds: list[int]) -> str:
+    """Return title, split, seeds and setting."""
+    config, cam = run.config, run.config.cam
+    split = config.data.val if name == "table4" else config.data.score
+    length = f"{cam.schedule.iterations} iterations" if cam.schedule.iterations else f"{cam.schedule.epochs:g} epochs"
+    spread = f"mean of seeds {', '.join(map(str, seeds))} ± half their range" if len(seeds) > 1 else f"seed {seeds[0]}"
+    start = f" from {cam.start_from}" if cam.start_from else ""
+    return (
+        f"{TABLES[name].title}: per cent on {split}.txt of {run.data.root.name} ({len(run.data.stems(split))} images), "
+        f"{spread}; {config.network.backbone}, {length} of batch {cam.schedule.batch} at crop {cam.augment.crop}"
+        f"{start}, classification loss at scales {', '.join(map(str, cam.cls_scales))}; CAM thresholds are the best on "
+        "the scored masks. Paper: VOC 2012."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").format(names=", ".join(TABLES)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", choices=[*TABLES, "all"])
+    add_options(parser)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--start", type=Path, help="a config of the network that all rows of a seed continue from")
+    options, settings = parser.parse_known_args()
+    if not (options.data and options.out):
+        raise UserError("--data and --out are needed: see --help.")
+    plt.switch_backend("agg")
+    options.config = options.config or default_config(options.data)
+    options.settings = [*settings, "--infer_cam.single_scales=true"]  # for table 5, so that tables share rows
+    wanted = list(TABLES) if options.name == "all" else [options.name]
+    device_name = load_config(options.config, settings).device
+    with process_group(device_name if torch.cuda.is_available() else "cpu") as device:
+        root = data_root(options.data, options.out)
+        for name in wanted:
+            options.name = name
+            rows = TABLES[name].rows
+            runs = {row: [run_row(row, seed, options, root, device) for seed in options.seeds] for row in rows}
+            if rank() == 0:
+                figures = figures_of(name, runs)
+                print(
+                    write_table(
+                        name, figures, caption_of(name, runs[rows[-1]][0], options.seeds), options.seeds, options.out
+                    )
+                )
+                plot(name, figures, runs, options.out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    guarded(main)

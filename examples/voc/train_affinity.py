@@ -1,0 +1,62 @@
+"""Stage train_affinity: AffinityNet learns from the pixels that two CRF results agree on (Ahn and Kwak, CVPR 2018).
+
+It starts from the CAM network's backbone, whatever that was started from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from batches import Batch, Samples
+from crf_labels import write_crf_labels
+from networks import build_affinity, load_trained
+from parallel import shared_mean
+from stages import Run
+from torch import Tensor, nn
+from training import train
+
+import pixelss
+
+STAGE = "train_affinity"
+
+
+def train_affinity(run: Run) -> None:
+    if run.finished(STAGE):
+        return
+    write_crf_labels(run)
+    config = run.config.affinity
+    torch.manual_seed(run.config.seed)
+    network = build_affinity(run.config)
+    taps: Any = network[0]
+    taps.backbone.load_state_dict(load_trained(run, "train_cam")[0].state_dict())
+    network.to(run.device)
+    folders = [run.folder(STAGE) / "labels" / name for name in ("low", "high")]
+    stems = run.data.stems(run.config.data.train)
+    samples = Samples(run.data, stems, run.config, config.augment, folders)
+
+    def loss(affinity_net: nn.Module, batch: Batch, step: int, report: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        affinity = affinity_net(batch.images)
+        low, high = (subsampled(batch.maps[:, i], affinity.shape[-2:]) for i in range(2))
+        labels = pixelss.affinity_labels(low, high, radius=config.radius)
+        return kind_by_kind(affinity, labels)
+
+    train(run, STAGE, network, samples, loss)
+
+
+def subsampled(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return the label maps (B, H, W) at the centres of size (h, w) cells."""
+    rows, columns = (
+        ((torch.arange(cells, device=maps.device) + 0.5) * side / cells).long()
+        for cells, side in zip(size, maps.shape[-2:], strict=True)
+    )
+    return maps[:, rows[:, None], columns]
+
+
+def kind_by_kind(affinity: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return `pixelss.affinity_loss`, each kind of pair averaged over all processes' pairs of that kind."""
+    parts = {}
+    for kind, name in enumerate(("different", "background", "foreground")):
+        only = labels.where(labels == kind, 255)
+        parts[name] = shared_mean(pixelss.affinity_loss(affinity, only), (labels == kind).sum())
+    return torch.stack(list(parts.values())).sum(), parts

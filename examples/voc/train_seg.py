@@ -1,0 +1,42 @@
+"""Stage train_seg: DeepLab-LargeFOV learns from the pseudo-labels of make_labels, at several scales."""
+
+from __future__ import annotations
+
+import torch
+from batches import Batch, Samples
+from networks import build_segmentation, load_trained
+from parallel import shared_mean
+from stages import Run
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from training import train
+
+import pixelss
+
+STAGE = "train_seg"
+
+
+def train_seg(run: Run) -> None:
+    if run.finished(STAGE):
+        return
+    config = run.config.seg
+    torch.manual_seed(run.config.seed)
+    network = build_segmentation(run.config, run.data.num_classes)
+    if config.from_cam:
+        network[0].load_state_dict(load_trained(run, "train_cam")[0].state_dict())
+    network.to(run.device)
+    stems = run.data.stems(run.config.data.train)
+    samples = Samples(run.data, stems, run.config, config.augment, [run.folder("make_labels")])
+
+    def loss(segmentation: nn.Module, batch: Batch, step: int, report: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        labels = batch.maps[:, 0].long()
+        logits = [segmentation(rescaled(batch.images, scale)) for scale in config.scales]
+        value = pixelss.multi_scale_cross_entropy(logits, labels)
+        return shared_mean(value, (labels <= run.data.num_classes).sum()), {}
+
+    train(run, STAGE, network, samples, loss)
+
+
+def rescaled(images: Tensor, scale: float) -> Tensor:
+    size = [max(1, int(side * scale + 0.5)) for side in images.shape[-2:]]
+    return images if scale == 1 else interpolate(images, size, mode="bilinear", align_corners=False)

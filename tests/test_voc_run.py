@@ -1,0 +1,463 @@
+"""The VOC pipeline as a user runs it: all stages, restarts, faults, exports and tables, in a tiny setting."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+VOC = Path(__file__).parent.parent / "examples" / "voc"
+VOC_MINI = Path(os.environ.get("PIXELSS_VOC_MINI", Path(__file__).parent.parent.parent / "shared/data/voc12-mini"))
+sys.path[:0] = [str(VOC), str(VOC.parent)]
+
+import inference  # noqa: E402
+import tables  # noqa: E402
+from config import CRF, Config  # noqa: E402
+from crf_labels import label_maps, with_background, write_crf_labels  # noqa: E402
+from data import BadFileError, VOCFolder, voc_palette  # noqa: E402
+from distributed import run_processes  # noqa: E402
+from export_test import export_test  # noqa: E402
+from infer_cam import cam_path, infer_cam  # noqa: E402
+from networks import build_cam  # noqa: E402
+from plan import cost  # noqa: E402
+from run import STAGES, execute, guarded, load_config, main  # noqa: E402
+from runfolder import UserError, open_run  # noqa: E402
+from score_cam import score_cam  # noqa: E402
+from shapes import palette, write_shapes  # noqa: E402
+from stages import Run  # noqa: E402
+from storage import load_cam, save_cam, save_mask  # noqa: E402
+
+import pixelss  # noqa: E402
+
+TINY = """
+cam: {schedule: {iterations: 2, batch: 2}, augment: {crop: 32}, rcm_gate: {iterations: 1}, mam_gate: {iterations: 1}}
+infer_cam: {scales: [0.5, 1.0], crf: {iterations: 1}}
+affinity: {radius: 2, crf: {iterations: 1}, schedule: {iterations: 2, batch: 2}, augment: {crop: 32}}
+make_labels: {log_steps: 1, crf: {iterations: 1}}
+seg: {test_scales: [1.0], crf: {iterations: 1}, schedule: {iterations: 2, batch: 2}, augment: {crop: 32}}
+"""
+
+
+def command(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does: a process of its own, which takes seconds to start."""
+    words = [sys.executable, str(VOC / script), *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True)
+
+
+Call = Callable[..., str]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a command in this process; returns what it prints, its error message too."""
+
+    def run_main(function: Callable[[], None], *arguments: object, ok: bool = True) -> str:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        code: object = 0
+        try:
+            guarded(function)
+        except SystemExit as error:
+            code = error.code
+        printed = capsys.readouterr().out + (code if isinstance(code, str) else "")
+        assert (code in (0, None)) == ok, printed
+        return printed
+
+    return run_main
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = write_shapes(tmp_path_factory.mktemp("voc") / "shapes", train=6, val=3, size=40)
+    for stem in ("train_0001", "val_0001"):  # another shape, for batching by shape
+        for folder, end in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+            path = root / folder / f"{stem}.{end}"
+            Image.open(path).crop((0, 0, 40, 30)).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(shapes: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of all stages, shared by the tests that only read it."""
+    out = tmp_path_factory.mktemp("runs") / "all"
+    done = command("run.py", "--data", shapes, "--out", out, "--config", VOC / "demo.yaml", "--config", tiny)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def config(**changes: Any) -> Config:
+    settings = [f"--{name}={value}" for name, value in changes.items()]
+    return load_config([VOC / "demo.yaml"], settings)
+
+
+def new_run(root: Path, out: Path, *, weights: bool = True, settings: Config | None = None) -> Run:
+    """A run folder with an untrained CAM network in it."""
+    settings = settings or config()
+    made = Run(settings, VOCFolder(root, settings.data.classes), out, torch.device("cpu"))
+    if weights:
+        torch.manual_seed(0)
+        network = build_cam(settings, made.data.num_classes)
+        made.folder("train_cam").mkdir(parents=True, exist_ok=True)
+        torch.save(network.state_dict(), made.folder("train_cam") / "model.pt")
+    return made
+
+
+def cam_of(stem: str, made: Run) -> Tensor:
+    return load_cam(cam_path(made, stem), made.data.num_classes)
+
+
+def write_random_cams(made: Run, name: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for stem in made.data.stems(name):
+        cam = torch.rand(made.data.num_classes, *made.data.size(stem), generator=generator)
+        save_cam(cam_path(made, stem), cam, made.data.tags(stem))
+
+
+def test_all_stages_give_every_result(finished: tuple[Path, str], shapes: Path) -> None:
+    out, printed = finished
+    table = printed.splitlines()
+    assert [line.split()[0] for line in table if line[0] != " "][1:] == list(STAGES)
+    assert max(map(len, table)) <= 80
+    assert all((out / stage / "done.json").is_file() for stage in STAGES)
+    scores = json.loads((out / "score_cam" / "scores.json").read_text())
+    assert 0 < scores["miou"] <= 1
+    assert len(scores["curve"]["miou"]) == 61
+    assert scores["miou"] == max(scores["curve"]["miou"])
+    assert np.nanmean(list(scores["iou"].values())) == pytest.approx(scores["miou"])  # the second pass sees the same
+    for name, folder in (("train", "make_labels"), ("val", "infer_seg/val"), ("val", "infer_seg/test")):
+        for stem in VOCFolder(shapes).stems(name):
+            VOCFolder(shapes).mask(stem, folder=out / folder)
+    assert yaml.safe_load((out / "config.yaml").read_text())["cam"]["schedule"]["iterations"] == 2
+    assert {"data", "torch", "device", "git_revision", "command"} <= json.loads(
+        (out / "environment.json").read_text()
+    ).keys()
+    assert "| background |" in (out / "evaluate" / "table.md").read_text()
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_restart_skips_finished_stages(finished: tuple[Path, str], shapes: Path, tiny: Path, call: Call) -> None:
+    out, printed = finished
+    dates = {path: path.stat().st_mtime_ns for path in out.glob("*/*") if path.is_file()}
+    again = call(main, "--data", shapes, "--out", out, "--config", VOC / "demo.yaml", "--config", tiny)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/*") if path.is_file()} == dates
+    assert again == printed
+
+
+def test_changed_setting_is_refused_and_named(
+    finished: tuple[Path, str], shapes: Path, tiny: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = finished
+    kept = (out / "config.yaml").read_bytes()
+    base = ("--data", shapes, "--out", out, "--config", VOC / "demo.yaml", "--config", tiny)
+    message = call(main, *base, "--cam.threshold", 0.3, "--make_labels.crf", "null", ok=False)
+    assert "cam.threshold: 0.2 -> 0.3" in message
+    assert "make_labels.crf.iterations: 1 -> None" in message
+    assert "cam.temperature" not in message
+    assert (out / "config.yaml").read_bytes() == kept
+    monkeypatch.setenv("PIXELSS_DEBUG", "1")
+    with pytest.raises(UserError, match=r"cam\.threshold"):
+        call(main, *base, "--cam.threshold", 0.3)
+    settings = load_config([VOC / "demo.yaml", tiny], ["--infer_cam.max_batch=1"])  # memory, not results
+    assert open_run(settings, shapes, out, torch.device("cpu")).finished("evaluate")
+    with pytest.raises(UserError, match="--data: "):
+        open_run(settings, shapes.parent, out, torch.device("cpu"))
+
+
+def test_dry_run_names_everything_missing(tmp_path: Path, shapes: Path, call: Call) -> None:
+    empty = ("--data", tmp_path / "empty", "--out", tmp_path / "out", "--dry-run")
+    message = call(main, *empty, "--network.weights", tmp_path / "none.params", ok=False)
+    for name in ("JPEGImages", "Annotations", "SegmentationClass", "train_aug.txt", "train.txt", "val.txt", "test.txt"):
+        assert name in message
+    assert "SBD" in message
+    assert "none.params" in message
+    if not torch.cuda.is_available():
+        assert "--device cpu" in message
+    assert not (tmp_path / "out").exists()
+    base = ("--data", shapes, "--out", tmp_path / "out", "--config", VOC / "demo.yaml")
+    plan = call(main, *base, "--dry-run", "--network.backbone", "resnet38")
+    assert "An estimate" in plan
+    assert "Nothing is missing." in plan
+    (shapes / "Annotations" / "train_0002.xml").rename(tmp_path / "kept.xml")
+    message = call(main, *base, ok=False)
+    (tmp_path / "kept.xml").rename(shapes / "Annotations" / "train_0002.xml")
+    assert "1 of 6 annotations of train.txt are missing" in message
+    assert "train_0002.xml" in message
+
+
+def test_estimate_is_the_measured_step(shapes: Path) -> None:
+    settings = load_config([VOC / "paper.yaml"], ["--cam.schedule.iterations=1", "--data.train=train"])
+    settings.data.val, settings.data.test = "val", None
+    settings.data.classes = None
+    assert cost(settings, VOCFolder(shapes))["train_cam"] == pytest.approx(49.7)
+
+
+def test_errors_are_one_message(shapes: Path, tmp_path: Path, call: Call) -> None:
+    base = ("--data", shapes, "--out", tmp_path, "--config", VOC / "demo.yaml")
+    assert "cam.nothing" in call(main, *base, "--cam.nothing", 1, ok=False)
+    assert "--stages must be" in call(main, *base, "--stages", "train", ok=False)
+    done = command("run.py", *base, "--stages", "from:infer_seg")
+    assert done.returncode == 1
+    assert "infer_seg needs train_seg" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_infer_cam_continues_and_scores_name_a_damaged_file(shapes: Path, tmp_path: Path) -> None:
+    made = new_run(shapes, tmp_path / "run", settings=config(**{"infer_cam.single_scales": True}))
+    infer_cam(made)
+    stems = made.data.stems("train")
+    files = {stem: cam_path(made, stem).read_bytes() for stem in stems}
+    assert cam_of(stems[0], made).shape == (4, 40, 40)
+    assert cam_of(stems[1], made).shape == (4, 30, 40)
+    dates = {stem: cam_path(made, stem).stat().st_mtime_ns for stem in stems}
+    cam_path(made, stems[0]).unlink()
+    cam_path(made, stems[1]).write_bytes(files[stems[1]][:60])
+    infer_cam(made)
+    assert {stem: cam_path(made, stem).read_bytes() for stem in stems} == files
+    assert [s for s in stems if cam_path(made, s).stat().st_mtime_ns != dates[s]] == stems[:2]
+    score_cam(made)
+    assert list(json.loads((made.out / "score_cam/scores.json").read_text())["single_scales"]) == [
+        "0.5", "1.0", "1.5", "2.0"
+    ]  # fmt: skip
+
+    cam_path(made, stems[2]).write_bytes(b"no PNG")
+    with pytest.raises(BadFileError, match=rf"{stems[2]}.png is no CAM file of infer_cam"):
+        score_cam(made)
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(cam_path(made, stems[2]))
+    with pytest.raises(BadFileError, match=stems[2]):
+        score_cam(made)
+    made.config.data.on_bad_file = "skip"
+    with pytest.warns(UserWarning, match=f"left out: .*{stems[2]}"):
+        score_cam(made)
+
+
+def test_out_of_memory_names_the_setting(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(_: Run) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    _, needs, setting = STAGES["train_cam"]
+    monkeypatch.setitem(STAGES, "train_cam", (fill, needs, setting))
+    with pytest.raises(UserError, match=r"train_cam: lower cam.schedule.batch"):
+        execute(new_run(shapes, tmp_path, weights=False), ["train_cam"])
+
+
+def test_a_process_that_starts_late_still_does_its_share(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = new_run(shapes, tmp_path / "run")
+    for rank in (0, 1):
+        monkeypatch.setattr(inference, "share", lambda items, rank=rank: items[rank::2])
+        infer_cam(made)
+    assert all(cam_path(made, stem).is_file() for stem in made.data.stems("train"))
+
+
+def test_cam_of_infer_cam_is_the_library_s(shapes: Path, tmp_path: Path) -> None:
+    made = new_run(shapes, tmp_path / "run")
+    infer_cam(made)
+    network = build_cam(made.config, 4).eval()
+    network.load_state_dict(torch.load(made.folder("train_cam") / "model.pt"))
+    stem = made.data.stems("train")[1]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    image = ((torch.from_numpy(made.data.image(stem)) / 255 - mean) / std).permute(2, 0, 1)[None]
+    cams = []
+    for scale in (0.5, 1.0, 1.5, 2.0):
+        for flipped in (False, True):
+            with torch.no_grad():
+                (output,) = pixelss.multi_scale_forward(network, image.flip(-1) if flipped else image, scales=[scale])
+            cams.append(output.cam.flip(-1) if flipped else output.cam)
+    wanted = pixelss.msinf_cam(cams, made.data.tags(stem)[None])[0]
+    torch.testing.assert_close(cam_of(stem, made), wanted, rtol=0, atol=0.5 / 255 + 1e-4)
+
+
+def test_damaged_image_stops_or_is_left_out(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path / "set", train=4, val=1, size=40)
+    bad = root / "JPEGImages" / "train_0002.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    made = new_run(root, tmp_path / "run")
+    with pytest.raises(BadFileError, match=r"train_0002.jpg"):
+        infer_cam(made)
+    made.config.data.on_bad_file = "skip"
+    with pytest.warns(UserWarning, match=r"left out: .*train_0002.jpg"):
+        infer_cam(made)
+    assert sorted(path.stem for path in made.folder("infer_cam").glob("*.png")) == [
+        "train_0000", "train_0001", "train_0003"
+    ]  # fmt: skip
+
+
+def test_crf_labels_of_one_lattice_equal_separate_ones(shapes: Path, tmp_path: Path) -> None:
+    made = new_run(shapes, tmp_path / "run", weights=False)
+    write_random_cams(made, "train")
+    write_crf_labels(made)
+    crf = made.config.affinity.crf
+    for stem in made.data.stems("train"):
+        cam, tags = cam_of(stem, made)[None], made.data.tags(stem)
+        levels = torch.from_numpy(made.data.image(stem)).permute(2, 0, 1)[None].contiguous()
+        for name, alpha in (("low", made.config.affinity.alpha_low), ("high", made.config.affinity.alpha_high)):
+            present = [0, *(1 + c for c in range(4) if tags[c])]
+            probs = torch.cat([(1 - cam.amax(1, keepdim=True)) ** alpha, cam], 1)[:, present]
+            result = pixelss.dense_crf(
+                levels, probs, iterations=crf.iterations, gaussian=crf.gaussian, bilateral=crf.bilateral
+            )
+            wanted = torch.tensor(present)[result[0].argmax(0)]
+            found = made.data.mask(stem, folder=made.folder("train_affinity") / "labels" / name)
+            assert (torch.from_numpy(found) == wanted).all()
+
+
+def test_label_maps_without_a_tag_are_background() -> None:
+    image, tags = np.zeros((5, 6, 3), np.uint8), torch.zeros(3)
+    scores = with_background(torch.zeros(1, 3, 5, 6), tags, torch.ones(1, 1, 5, 6))
+    for crf in (None, CRF(iterations=1)):
+        (labels,) = label_maps(image, scores, tags, crf)
+        assert labels.dtype == np.uint8
+        assert labels.shape == (5, 6)
+        assert not labels.any()
+
+
+def share_of_the_work(rank: int, root: str, out: str) -> list[float]:
+    """Infer and score in one of several processes, with uneven shares."""
+    made = new_run(Path(root), Path(out), weights=False)
+    infer_cam(made)
+    score_cam(made)
+    return [made.results("score_cam")["miou"], made.results("score_cam")["crf_miou"]]
+
+
+def test_two_processes_infer_and_score_as_one(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path / "set", train=5, val=1, size=40)
+    runs = [new_run(root, tmp_path / name) for name in ("one", "two")]
+    one = share_of_the_work(0, str(root), str(runs[0].out))
+    two = run_processes(share_of_the_work, 2, str(root), str(runs[1].out))
+    assert two == [one, one]
+    for stem in runs[0].data.stems("train"):
+        torch.testing.assert_close(cam_of(stem, runs[0]), cam_of(stem, runs[1]), rtol=0, atol=1.01 / 255)
+
+
+def test_archive_is_what_the_server_takes(finished: tuple[Path, str], shapes: Path, tmp_path: Path) -> None:
+    out, _ = finished
+    data = VOCFolder(shapes)
+    stems = data.stems("val")
+    with tarfile.open(out / "export_test" / "results.tar.gz") as archive:
+        names = archive.getnames()
+        assert names == [f"results/VOC2012/Segmentation/comp6_test_cls/{stem}.png" for stem in sorted(stems)]
+        for name, stem in zip(names, sorted(stems), strict=True):
+            with Image.open(archive.extractfile(name)) as mask:
+                assert mask.mode == "P"
+                assert mask.getpalette() == palette() == voc_palette()
+                assert mask.size[::-1] == data.size(stem)
+    made = new_run(shapes, tmp_path / "run", weights=False)
+    for stem in stems:
+        save_mask(made.folder("infer_seg") / "test" / f"{stem}.png", np.ones(data.size(stem), np.uint8), voc_palette())
+    export_test(made)
+    archive_path = made.folder("export_test") / "results.tar.gz"
+    first = archive_path.read_bytes()
+    archive_path.unlink()
+    time.sleep(1.1)  # a date in the archive would now differ
+    export_test(made)
+    assert archive_path.read_bytes() == first
+
+
+def test_archive_is_refused_naming_every_wrong_mask(shapes: Path, tmp_path: Path) -> None:
+    made = new_run(shapes, tmp_path / "run", weights=False)
+    folder, (missing, small, void) = made.folder("infer_seg") / "test", made.data.stems("val")
+    save_mask(folder / f"{small}.png", np.zeros((7, 8), np.uint8), voc_palette())
+    wrong = np.zeros(made.data.size(void), np.uint8)
+    wrong[0, 0] = 255
+    save_mask(folder / f"{void}.png", wrong, voc_palette())
+    with pytest.raises(BadFileError, match="3 of 3 masks are wrong") as error:
+        export_test(made)
+    message = str(error.value)
+    assert f"{missing}.png: no such mask" in message
+    assert f"{small}.png must have its image's size" in message
+    assert "holds 255" in message
+    assert not made.folder("export_test").exists()
+    wrong[0, 0] = 9
+    save_mask(folder / f"{void}.png", wrong, voc_palette())
+    with pytest.raises(BadFileError, match=r"must hold 0 to 4 or 255, but holds \[9\]"):
+        export_test(made)
+    Image.fromarray(np.zeros_like(wrong)).save(folder / f"{void}.png")
+    with pytest.raises(BadFileError, match="palette PNG"):
+        export_test(made)
+
+
+def test_tables(shapes: Path, tiny: Path, tmp_path: Path, call: Call) -> None:
+    start = tmp_path / "start.yaml"
+    start.write_text("cam: {schedule: {iterations: 1}}\n")
+    base = ("--data", shapes, "--out", tmp_path / "out", "--config", VOC / "demo.yaml", "--config", tiny)
+    printed = call(tables.main, "table5", *base, "--seeds", 0, 1, "--start", start)
+    text = (tmp_path / "out" / "table5.md").read_text()
+    assert text in printed
+    assert "| MAM+RCM |" in text
+    for word in ("train.txt", "seeds 0, 1", "2 iterations", "(6 images)", "46.0"):
+        assert word in text
+    assert (tmp_path / "out" / "table5.csv").read_text().startswith("row,column,seed,value,paper")
+    with Image.open(tmp_path / "out" / "table5.png") as picture:
+        assert picture.size[0] > 500
+    rows = {path.name for path in (tmp_path / "out" / "rows").iterdir()}
+    assert rows == {"start", "baseline", "MAM+RCM"}
+    settings = [
+        yaml.safe_load((tmp_path / f"out/rows/{row}/seed-1/config.yaml").read_text()) for row in rows - {"start"}
+    ]
+    for name in ("data", "infer_cam", "network", "seed"):
+        assert settings[0][name] == settings[1][name]
+    for name in ("schedule", "cls_scales", "augment", "optimizer", "start_from"):
+        assert settings[0]["cam"][name] == settings[1]["cam"][name]
+    assert settings[0]["cam"]["start_from"].endswith("start/seed-1/train_cam")
+    dates = [path.stat().st_mtime_ns for path in (tmp_path / "out/rows").rglob("done.json")]
+    assert call(tables.main, "table5", *base, "--seeds", 0, 1, "--start", start).endswith(
+        printed[printed.index("Table 5") :]
+    )
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "out/rows").rglob("done.json")] == dates
+
+
+def test_table_shows_mean_half_range_and_the_paper_s_figure(tmp_path: Path) -> None:
+    text = tables.write_table("table1", {"MAM": {"miou": [50.0, 54.0]}}, "A caption.", [3, 5], tmp_path)
+    assert text.splitlines() == [
+        "A caption.", "", "| row | miou | miou, paper |", "| --- | --- | --- |", "| MAM | 52.0 ± 2.0 | 58.0 |"
+    ]  # fmt: skip
+    assert (tmp_path / "table1.csv").read_text().split() == [
+        "row,column,seed,value,paper", "MAM,miou,3,50.0,58.0", "MAM,miou,5,54.0,58.0"
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_all_tables(shapes: Path, tiny: Path, tmp_path: Path, call: Call) -> None:
+    call(tables.main, "all", "--data", shapes, "--out", tmp_path, "--config", VOC / "demo.yaml", "--config", tiny)
+    for name in ("table1", "table2", "table4", "table5", "fig7"):
+        assert {f"{name}.md", f"{name}.csv", f"{name}.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert "| MMM+RCM |" in (tmp_path / "table1.md").read_text()
+    assert (tmp_path / "rows" / "RCM-t=0.35").is_dir()
+    assert not (tmp_path / "rows" / "RCM-t=0.2").exists()  # the same settings as the row RCM
+
+
+@pytest.mark.skipif(not VOC_MINI.is_dir(), reason="no VOC photographs: set PIXELSS_VOC_MINI to a folder in VOC layout")
+def test_all_stages_on_photographs(tiny: Path, tmp_path: Path, call: Call) -> None:
+    lists = tmp_path / "set" / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    for name in ("JPEGImages", "SegmentationClass", "Annotations"):
+        (tmp_path / "set" / name).symlink_to(VOC_MINI / name)
+    for name, count in (("train", 16), ("val", 8)):
+        stems = (VOC_MINI / "ImageSets" / "Segmentation" / f"{name}.txt").read_text().split()
+        (lists / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in stems[:count]))
+    classes = load_config([VOC / "paper.yaml"]).data.classes
+    (tmp_path / "set" / "classes.txt").write_text("\n".join(classes or []))
+    base = ("--config", VOC / "demo.yaml", "--config", tiny)
+    table = call(main, "--data", tmp_path / "set", "--out", tmp_path / "out", *base)
+    assert "evaluate" in table
+    assert "| aeroplane |" in (tmp_path / "out" / "evaluate" / "table.md").read_text()
