@@ -19,17 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import timm
 import torch
 from PIL import Image
-from shapes import palette, write_shapes
+from shapes import write_shapes
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 import pixelss
+from pixelss import viz
 
 ROWS = ("baseline", "control", "+RCM", "+MAM", "+RCM+MAM")
 TRAIN_SCALES, SCORE_SCALES = (0.5, 1.0, 2.0), (0.5, 1.0, 1.5, 2.0)
@@ -204,28 +204,22 @@ def print_table(results: dict[str, list[list[float]]]) -> None:
 def save_picture(models: dict[str, nn.Sequential], data: VOCFolder, args: argparse.Namespace) -> None:
     """Image, truth and the strongest CAM of every row, for the four scored images of the most classes."""
     stems = sorted(data.scored[: args.score_images], key=lambda stem: -data.labels[stem].sum().item())[:4]
-    colours = np.array(palette(), dtype=np.uint8).reshape(256, 3)
-    size = (1.8 * (2 + len(models)), 1.9 * len(stems))
-    figure, axes = plt.subplots(len(stems), 2 + len(models), figsize=size, squeeze=False)
-    for stem, line in zip(stems, axes, strict=True):
-        image = data.image(stem)
-        line[0].imshow(image)
-        line[1].imshow(colours[data.mask(stem).numpy()])
-        for axis, model in zip(line[2:], models.values(), strict=True):
-            axis.imshow(image.convert("L"), cmap="gray")
-            cam = infer(model.eval(), data, stem, args.device)[0].amax((0, 1)).cpu()
-            axis.imshow(cam, cmap="inferno", alpha=0.7, vmin=0, vmax=1)
-    for axis, title in zip(axes.flat, ("image", "truth", *models), strict=False):
-        axis.set_title(title)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    figure.tight_layout()
-    figure.savefig(args.out / "quickstart.png", dpi=110)
+    lines = []
+    for stem in stems:
+        image = np.asarray(data.image(stem))
+        cams = (infer(model.eval(), data, stem, args.device)[0] for model in models.values())
+        overlays = [viz.overlay_cam(image, cam.amax((0, 1)).cpu()) for cam in cams]
+        lines.append([image, viz.overlay_mask(image, data.mask(stem)), *overlays])
+    shown = torch.stack([data.labels[stem] for stem in stems]).amax(0)
+    colours = zip(data.classes, viz.voc_palette()[1:], strict=False)
+    legend = {name: colour for (name, colour), tag in zip(colours, shown, strict=True) if tag}
+    titles = ["image", "truth", *models]
+    picture = viz.grid(lines, titles=titles, legend={**legend, "void": viz.voc_palette()[255]}, heat="CAM", cell=120)
+    Image.fromarray(picture).save(args.out / "quickstart.png")
 
 
 def main() -> None:
     args = parse_args()
-    plt.switch_backend("agg")
     args.out.mkdir(parents=True, exist_ok=True)
     trained_on = timm.get_pretrained_cfg(args.backbone) or timm.models.PretrainedCfg()
     data = VOCFolder(args.data or write_shapes(args.out / "shapes"), trained_on.mean, trained_on.std)

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pixelss.viz import voc_palette
+
 CLASSES = ("beetle", "fish", "snail", "worm")
 VOID = 255
 Array = NDArray[np.float64]
@@ -30,11 +32,8 @@ _LOOK = {
 
 
 def palette() -> list[int]:
-    """Return the PASCAL VOC palette as 768 bytes: index i has the bits of i spread over red, green and blue."""
-    colours = np.zeros((256, 3), dtype=int)
-    for bit in range(8):
-        colours |= (np.arange(256)[:, None] >> (3 * bit) >> np.arange(3) & 1) << (7 - bit)
-    return [int(value) for value in colours.flat]
+    """Return the PASCAL VOC palette as 768 numbers, as `Image.putpalette` takes."""
+    return [int(value) for value in voc_palette().flat]
 
 
 def draw_image(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], list[str]]:

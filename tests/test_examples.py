@@ -85,10 +85,3 @@ def test_shapes_are_in_the_voc_layout(tmp_path):
             if f"<name>{name}</name>" in (root / f"Annotations/{stem}.xml").read_text()
         }
         assert values == tags
-
-
-def test_palette_is_pascal_voc():
-    colours = np.array(palette()).reshape(256, 3)
-    assert colours[[0, 1, 2, 3, 15, 20, 255]].tolist() == [
-        [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192],
-    ]  # fmt: skip

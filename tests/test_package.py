@@ -10,17 +10,26 @@ import pytest
 import torch
 
 import pixelss
+import pixelss.viz
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-NEVER_RAISE = {"ResNet38", "freeze_norm"}
+NEVER_RAISE = {"ResNet38", "freeze_norm", "viz.voc_palette"}
 NO_TENSORS = {"freeze_norm", "load_resnet38", "pair_offsets"}
+DOCUMENTED = {name: getattr(pixelss, name) for name in pixelss.__all__}
+DOCUMENTED |= {f"viz.{name}": getattr(pixelss.viz, name) for name in pixelss.viz.__all__}
 RESULTS = {"CAMOutput", "LoadReport", "SegmentationScores", "SweepScores"}  # NamedTuples: no example of their own
 
 
 def test_names_are_sorted_and_exist():
     assert pixelss.__all__ == sorted(set(pixelss.__all__))
+    assert pixelss.viz.__all__ == sorted(set(pixelss.viz.__all__))
     assert all(hasattr(pixelss, name) for name in pixelss.__all__)
+
+
+def test_viz_lists_all_that_it_defines():
+    own = {name for name, value in vars(pixelss.viz).items() if getattr(value, "__module__", "") == "pixelss.viz"}
+    assert {name for name in own if name[0].islower()} == set(pixelss.viz.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -28,9 +37,9 @@ def test_an_unknown_name_is_an_attribute_error():
         pixelss.class_region_masks  # noqa: B018
 
 
-@pytest.mark.parametrize("name", pixelss.__all__)
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_every_public_name_is_documented(name):
-    doc = inspect.getdoc(getattr(pixelss, name)) or ""
+    doc = inspect.getdoc(DOCUMENTED[name]) or ""
     sections = ["Attributes:" if name != "LoadReport" else "load_resnet38"]
     if name not in RESULTS:
         sections = ["Reference:", "Example:", ">>> "]
@@ -39,16 +48,17 @@ def test_every_public_name_is_documented(name):
 
 
 def test_every_argument_is_documented():
-    for name in set(pixelss.__all__) - RESULTS:
-        doc = inspect.getdoc(getattr(pixelss, name)) or ""
-        arguments = set(inspect.signature(getattr(pixelss, name)).parameters)
+    for name in DOCUMENTED.keys() - RESULTS:
+        doc = inspect.getdoc(DOCUMENTED[name]) or ""
+        arguments = set(inspect.signature(DOCUMENTED[name]).parameters)
         assert not [argument for argument in arguments if not re.search(rf"^ +\**{argument}: ", doc, re.MULTILINE)], (
             name
         )
 
 
 def test_import_is_light():
-    loaded = "import sys, pixelss; print([m for m in ('timm', 'torchvision', 'matplotlib', 'PIL') if m in sys.modules])"
+    heavy = ("timm", "torchvision", "matplotlib", "PIL")
+    loaded = f"import sys, pixelss.viz; print([name for name in {heavy} if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", loaded], check=True, capture_output=True, text=True).stdout
     assert output.strip() == "[]"
 

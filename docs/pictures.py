@@ -1,0 +1,215 @@
+"""Draw the pictures of the pages into docs/_pictures; every page shows the function that drew its picture.
+
+    python docs/pictures.py
+
+It runs by itself when the site is built, and draws again only where this file, the small network or pixelss changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "examples")]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from shapes import CLASSES  # noqa: E402
+from small import batch, scenes, trained  # noqa: E402
+
+import pixelss  # noqa: E402
+from pixelss import viz  # noqa: E402
+
+OUT = ROOT / "docs" / "_pictures"
+PALETTE = viz.voc_palette()
+LEGEND = {name: PALETTE[k] for k, name in enumerate(CLASSES, start=1)}
+
+
+def prepare() -> None:
+    """Train the small network, and keep what the functions below share."""
+    global student, scene, image, images, labels, masks, outputs, cam, mask, bank
+    student = trained()
+    scene = [s for s in scenes(40, seed=1) if len(set(s.names)) == 2][:2]
+    image = [s.image for s in scene]
+    images, labels, masks = batch(scene)
+    with torch.no_grad():
+        outputs = pixelss.multi_scale_forward(student, images)
+    cam = pixelss.msinf_cam([o.cam for o in outputs], labels)
+    mask = pixelss.class_region_mask(cam, labels, threshold=0.4)
+    bank = pixelss.PrototypeBank(len(CLASSES))
+    many, tags, _ = batch(scenes(32, seed=2))
+    with torch.no_grad():
+        wide = pixelss.multi_scale_forward(student, many)
+    seen = pixelss.class_region_mask(pixelss.msinf_cam([o.cam for o in wide], tags), tags, threshold=0.4)
+    bank.update(wide[1].features, seen)
+
+
+def cam_picture() -> viz.Pixels:
+    rows, names = [], []
+    for b, k in labels.nonzero().tolist():
+        single = [pixelss.normalize_cam(o.cam)[b, k] for o in outputs]
+        rows.append([image[b], *(viz.overlay_cam(image[b], c) for c in [*single, cam[b, k]])])
+        names.append(CLASSES[k])
+    return viz.grid(rows, titles=["image", "scale 0.5", "scale 1", "scale 2", "msinf_cam"], names=names, heat="CAM")
+
+
+def region_picture() -> viz.Pixels:
+    rows = []
+    for b in range(2):
+        regions = [pixelss.class_region_mask(cam, labels, threshold=t)[b] for t in (0.1, 0.2, 0.4)]
+        heat = viz.overlay_cam(image[b], cam[b].amax(0))
+        rows.append([image[b], heat, *(viz.overlay_mask(image[b], m) for m in [*regions, masks[b]])])
+    titles = ["image", "strongest CAM", "threshold 0.1", "0.2", "0.4", "truth"]
+    return viz.grid(rows, titles=titles, legend=LEGEND, heat="CAM")
+
+
+def prototype_picture() -> viz.Pixels:
+    rows = []
+    for b in range(2):
+        similarity = viz.prototype_similarity(outputs[1].features[b], bank.prototypes)
+        rows.append([image[b], *(viz.overlay_cam(image[b], s) for s in similarity)])
+    return viz.grid(rows, titles=["image", "background", *CLASSES], heat="cosine with the prototype")
+
+
+def contrastive_picture() -> viz.Pixels:
+    features, rows = outputs[1].features, []
+    pixel = {"reduction": "none", "filled": bank.filled}
+    loss = pixelss.regional_contrastive_loss(features, mask, bank.prototypes, **pixel)
+    labelled = [torch.full_like(mask, k) for k in range(len(bank.prototypes))]
+    every = [pixelss.regional_contrastive_loss(features, m, bank.prototypes, **pixel) for m in labelled]
+    nearest = torch.stack(every).argmin(0)  # the class whose loss is the smallest
+    for b in range(2):
+        heat = viz.overlay_cam(image[b], loss[b] / loss.max())
+        maps = [viz.overlay_mask(image[b], m[b]) for m in (mask, nearest)]
+        rows.append([image[b], maps[0], heat, maps[1]])
+    titles = ["image", "region mask", "loss of every pixel", "nearest prototype"]
+    return viz.grid(rows, titles=titles, legend=LEGEND, heat=f"loss / {loss.max():.2f}")
+
+
+def attentive_picture() -> viz.Pixels:
+    b, k = labels.nonzero()[1].tolist()
+    cams = torch.stack([pixelss.normalize_cam(o.cam)[b, k, None] for o in outputs])  # (S, P, H, W), here P = 1
+    plain, target = (pixelss.attentive_target(cams, cams, attentive=a) for a in (False, True))
+    rows = [[viz.overlay_cam(image[b], c[s, 0]) for s in range(3)] for c in (cams, plain, target)]
+    names = ["student's CAM", "target of MMM", "target of MAM"]
+    return viz.grid(rows, titles=["scale 0.5", "scale 1", "scale 2"], names=names, heat="CAM or target (above 1: 1)")
+
+
+def teacher_picture() -> viz.Pixels:
+    noisy = copy.deepcopy(student)
+    teacher = pixelss.EMATeacher(noisy, momentum=0.9)
+    generator, columns = torch.Generator().manual_seed(0), []
+    for step in range(30):  # a student thrown about by noise, in place of training
+        for weight, start in zip(noisy.parameters(), student.parameters(), strict=True):
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.data = start.data + 1.2 * start.data.std() * noise
+        teacher.update(noisy)
+        if step >= 27:
+            columns.append([pixelss.normalize_cam(net(images).cam.detach()) for net in (noisy, teacher)])
+    b, k = labels.nonzero()[0].tolist()
+    rows = [[viz.overlay_cam(image[b], column[i][b, k]) for column in columns] for i in range(2)]
+    return viz.grid(rows, titles=["step 28", "step 29", "step 30"], names=["student", "teacher"], heat="CAM")
+
+
+def crf_picture() -> viz.Pixels:
+    probs = torch.cat([pixelss.background_score(cam, alpha=2), cam], dim=1)
+    levels = torch.from_numpy(np.stack(image)).permute(0, 3, 1, 2).contiguous()
+    refined = pixelss.dense_crf(levels, probs, bilateral=(20.0, 13.0, 10.0))  # sxy: these images are small
+    maps = [probs.argmax(1), refined.argmax(1), masks]
+    rows = [[image[b], *(viz.overlay_mask(image[b], m[b]) for m in maps)] for b in range(2)]
+    return viz.grid(rows, titles=["image", "CAM", "after the CRF", "truth"], legend=LEGEND)
+
+
+def affinity_picture() -> viz.Pixels:
+    many, tags, _ = batch(scenes(48, seed=3))
+    double = torch.nn.functional.interpolate(torch.cat([images, many]), scale_factor=2, mode="bilinear")
+    with torch.no_grad():  # features of two depths at 24 x 24 cells, and the CAM there
+        half = student[0][:9](double)  # after the third convolution
+        deep = student[0][9:](half)
+        small = pixelss.msinf_cam([student[1](deep).cam], torch.cat([labels, tags]))
+    low, high = (torch.cat([pixelss.background_score(small, alpha=a), small], 1).argmax(1) for a in (1, 6))
+    head = pixelss.AffinityHead((128, 128), dims=(32, 64))
+    optimizer, pairs = torch.optim.Adam(head.parameters(), lr=0.003), pixelss.affinity_labels(low, high)
+    for start in range(60):
+        some = slice(2 + start % 6 * 8, 10 + start % 6 * 8)
+        loss = pixelss.affinity_loss(head([half[some], deep[some]]), pairs[some])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    scores = torch.cat([pixelss.background_score(small[:2], alpha=3), small[:2]], 1)
+    with torch.no_grad():
+        walked = pixelss.random_walk(scores, head([half[:2], deep[:2]]), log_steps=4)
+    rows, names = [], []
+    for b, k in labels.nonzero().tolist():
+        stages = [s[b, k + 1] / s[b, k + 1].max() for s in (scores, walked)]
+        rows.append([image[b], *(viz.overlay_cam(image[b], s) for s in stages)])
+        names.append(CLASSES[k])
+    return viz.grid(rows, titles=["image", "before", "after 16 steps"], names=names, heat="score / its maximum")
+
+
+def segmentation_picture() -> viz.Pixels:
+    pool = scenes(48, seed=3)
+    many, tags, _ = batch(pool)
+    with torch.no_grad():
+        seeds = pixelss.msinf_cam([o.cam for o in pixelss.multi_scale_forward(student, many)], tags)
+    probs = torch.cat([pixelss.background_score(seeds, alpha=2), seeds], dim=1)
+    levels = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1) for s in pool])
+    pseudo = pixelss.dense_crf(levels, probs, bilateral=(20.0, 13.0, 10.0)).argmax(1)
+
+    backbone, head = copy.deepcopy(student[0]), pixelss.LargeFOV(128, len(CLASSES))
+    net = torch.nn.Sequential(backbone, head)
+    groups = [{"params": backbone.parameters(), "lr": 0.0003}, {"params": head.parameters(), "lr": 0.003}]
+    optimizer = torch.optim.Adam(groups)
+    for _ in range(100):
+        some = torch.randperm(len(pool))[:4]
+        double = torch.nn.functional.interpolate(many[some], scale_factor=2, mode="bilinear")
+        loss = pixelss.multi_scale_cross_entropy([net(double)], pseudo[some])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = pixelss.multi_scale_inference(net.eval(), images, scales=(1.5, 2.0)).argmax(1)  # no tags needed
+    rows = [[image[b], *(viz.overlay_mask(image[b], m[b]) for m in (found, masks))] for b in range(2)]
+    return viz.grid(rows, titles=["image (not trained on)", "LargeFOV", "truth"], legend=LEGEND)
+
+
+def metrics_picture() -> viz.Pixels:
+    many, tags, truth = batch(scenes(60, seed=1))
+    with torch.no_grad():
+        out = pixelss.multi_scale_forward(student, many)
+    curves = {}
+    for name, chosen in (("scale 0.5", out[:1]), ("scale 1", out[1:2]), ("scale 2", out[2:]), ("all three", out)):
+        sweep = pixelss.ThresholdSweep(len(CLASSES))
+        sweep.update(pixelss.msinf_cam([o.cam for o in chosen], tags), truth)
+        scores = sweep.compute()
+        curves[name] = (scores.thresholds, scores.miou)
+    return viz.threshold_curves(curves)
+
+
+def viz_picture() -> viz.Pixels:
+    rows = [[image[b], viz.overlay_mask(image[b], masks[b]), viz.overlay_cam(image[b], cam[b].amax(0))] for b in (0, 1)]
+    return viz.grid(rows, titles=["image", "overlay_mask", "overlay_cam"], legend=LEGEND, heat="CAM")
+
+
+PICTURES = {name.removesuffix("_picture"): draw for name, draw in globals().items() if name.endswith("_picture")}
+
+
+def main() -> None:
+    """Draw every picture unless all are up to date."""
+    sources = [Path(__file__), *(ROOT / "examples").glob("s*.py"), *(ROOT / "src").rglob("*.py")]
+    stamp = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()
+    if (OUT / "stamp").exists() and (OUT / "stamp").read_text() == stamp:
+        return
+    OUT.mkdir(exist_ok=True)
+    prepare()
+    for name, draw in PICTURES.items():
+        torch.manual_seed(0)
+        Image.fromarray(draw()).save(OUT / f"{name}.png", optimize=True)
+    (OUT / "stamp").write_text(stamp)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The blocks in a plain training loop: classification alone at first, then with the teacher's lessons."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import pixelss
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from small import batch, network, scenes
+
+
+def main(steps: int = 6, start: int = 3) -> nn.Module:
+    # Yours: network, data, optimiser. `start` is where the baseline has converged; 3 is for show.
+    student, pool = network(num_classes=4), scenes(16, seed=0)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.02, weight_decay=5e-4)
+    bce = nn.BCEWithLogitsLoss()
+
+    # Ours.
+    teacher = pixelss.EMATeacher(student)
+    region, bank = pixelss.ClassRegionMask(threshold=0.2), pixelss.PrototypeBank(num_classes=4)
+    rcl, mal = pixelss.RegionalContrastiveLoss(), pixelss.MultiScaleAttentiveLoss()
+
+    for step in range(steps):
+        images, labels, _ = batch(pool[step % 2 * 8 : step % 2 * 8 + 8])
+        student_out = pixelss.multi_scale_forward(student, images)
+        loss = torch.stack([bce(o.logits, labels) for o in student_out]).mean()
+        if step == start:
+            teacher = pixelss.EMATeacher(student)  # from the converged baseline
+        if step >= start:
+            teacher_out = pixelss.multi_scale_forward(teacher, images)
+            mask = region(pixelss.msinf_cam([o.cam for o in teacher_out], labels), labels)
+            bank.update(teacher_out[1].features, mask)
+            cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
+            loss = loss + rcl(student_out[1].features, mask, bank.prototypes, bank.filled)
+            loss = loss + mal(*cams, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        teacher.update(student)
+        print(f"step {step}: loss {loss.item():.3f}")
+    return student
+
+
+if __name__ == "__main__":
+    main()
