@@ -70,7 +70,7 @@ class VOCFolder:
         self.trained = larger.read_text().split() if larger.exists() else self.scored
         names = {stem: self.names(stem) for stem in self.trained + self.scored}
         listed = root / "classes.txt"
-        self.classes = listed.read_text().split() if listed.exists() else sorted(set().union(*names.values()))
+        self.classes = listed.read_text().splitlines() if listed.exists() else sorted(set().union(*names.values()))
         self.labels = {s: torch.tensor([float(c in tags) for c in self.classes]) for s, tags in names.items()}
 
     def names(self, stem: str) -> set[str]:

@@ -31,11 +31,6 @@ _LOOK = {
 }
 
 
-def palette() -> list[int]:
-    """Return the PASCAL VOC palette as 768 numbers, as `Image.putpalette` takes."""
-    return [int(value) for value in voc_palette().flat]
-
-
 def draw_image(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], list[str]]:
     """Return an image (size, size, 3), its mask (size, size) in 0..N with void borders, and its objects' names."""
     canvas = 0.45 + 0.12 * _smooth_noise(rng, size)[..., None] * rng.uniform(0.5, 1, 3)
@@ -124,7 +119,7 @@ def write_shapes(root: Path, *, train: int = 320, val: int = 80, size: int = 96,
             image, mask, names = draw_image(rng, size)
             Image.fromarray(image).save(images / f"{stem}.jpg", quality=95)
             coded = Image.fromarray(mask)
-            coded.putpalette(palette())
+            coded.putpalette(voc_palette().tobytes())
             coded.save(masks / f"{stem}.png")
             objects = "".join(f"<object><name>{name}</name></object>" for name in names)
             (tags / f"{stem}.xml").write_text(f"<annotation><filename>{stem}.jpg</filename>{objects}</annotation>\n")

@@ -16,7 +16,9 @@ VOC_MINI = Path(os.environ.get("PIXELSS_VOC_MINI", Path(__file__).parent.parent.
 ROWS = ["baseline", "control", "+RCM", "+MAM", "+RCM+MAM"]
 sys.path.insert(0, str(EXAMPLES))
 
-from shapes import CLASSES, VOID, palette, write_shapes  # noqa: E402
+from shapes import CLASSES, VOID, write_shapes  # noqa: E402
+
+from pixelss.viz import voc_palette  # noqa: E402
 
 
 def run_quickstart(out: Path, *arguments: str) -> str:
@@ -77,7 +79,7 @@ def test_shapes_are_in_the_voc_layout(tmp_path):
             mask.load()
         with Image.open(root / "JPEGImages" / f"{stem}.jpg") as image:
             assert image.size == mask.size
-        assert mask.getpalette() == palette()
+        assert mask.getpalette() == voc_palette().flatten().tolist()
         values = set(np.unique(np.array(mask))) - {0, VOID}
         tags = {
             CLASSES.index(name) + 1

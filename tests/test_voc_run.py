@@ -27,7 +27,7 @@ import inference  # noqa: E402
 import tables  # noqa: E402
 from config import CRF, Config  # noqa: E402
 from crf_labels import label_maps, with_background, write_crf_labels  # noqa: E402
-from data import BadFileError, VOCFolder, voc_palette  # noqa: E402
+from data import BadFileError, VOCFolder  # noqa: E402
 from distributed import run_processes  # noqa: E402
 from export_test import export_test  # noqa: E402
 from infer_cam import cam_path, infer_cam  # noqa: E402
@@ -36,11 +36,12 @@ from plan import cost  # noqa: E402
 from run import STAGES, execute, guarded, load_config, main  # noqa: E402
 from runfolder import UserError, open_run  # noqa: E402
 from score_cam import score_cam  # noqa: E402
-from shapes import palette, write_shapes  # noqa: E402
+from shapes import write_shapes  # noqa: E402
 from stages import Run  # noqa: E402
 from storage import load_cam, save_cam, save_mask  # noqa: E402
 
 import pixelss  # noqa: E402
+from pixelss.viz import voc_palette  # noqa: E402
 
 TINY = """
 cam: {schedule: {iterations: 2, batch: 2}, augment: {crop: 32}, rcm_gate: {iterations: 1}, mam_gate: {iterations: 1}}
@@ -365,11 +366,11 @@ def test_archive_is_what_the_server_takes(finished: tuple[Path, str], shapes: Pa
         for name, stem in zip(names, sorted(stems), strict=True):
             with Image.open(archive.extractfile(name)) as mask:
                 assert mask.mode == "P"
-                assert mask.getpalette() == palette() == voc_palette()
+                assert mask.getpalette() == voc_palette().flatten().tolist()
                 assert mask.size[::-1] == data.size(stem)
     made = new_run(shapes, tmp_path / "run", weights=False)
     for stem in stems:
-        save_mask(made.folder("infer_seg") / "test" / f"{stem}.png", np.ones(data.size(stem), np.uint8), voc_palette())
+        save_mask(made.folder("infer_seg") / "test" / f"{stem}.png", np.ones(data.size(stem), np.uint8))
     export_test(made)
     archive_path = made.folder("export_test") / "results.tar.gz"
     first = archive_path.read_bytes()
@@ -382,10 +383,10 @@ def test_archive_is_what_the_server_takes(finished: tuple[Path, str], shapes: Pa
 def test_archive_is_refused_naming_every_wrong_mask(shapes: Path, tmp_path: Path) -> None:
     made = new_run(shapes, tmp_path / "run", weights=False)
     folder, (missing, small, void) = made.folder("infer_seg") / "test", made.data.stems("val")
-    save_mask(folder / f"{small}.png", np.zeros((7, 8), np.uint8), voc_palette())
+    save_mask(folder / f"{small}.png", np.zeros((7, 8), np.uint8))
     wrong = np.zeros(made.data.size(void), np.uint8)
     wrong[0, 0] = 255
-    save_mask(folder / f"{void}.png", wrong, voc_palette())
+    save_mask(folder / f"{void}.png", wrong)
     with pytest.raises(BadFileError, match="3 of 3 masks are wrong") as error:
         export_test(made)
     message = str(error.value)
@@ -394,7 +395,7 @@ def test_archive_is_refused_naming_every_wrong_mask(shapes: Path, tmp_path: Path
     assert "holds 255" in message
     assert not made.folder("export_test").exists()
     wrong[0, 0] = 9
-    save_mask(folder / f"{void}.png", wrong, voc_palette())
+    save_mask(folder / f"{void}.png", wrong)
     with pytest.raises(BadFileError, match=r"must hold 0 to 4 or 255, but holds \[9\]"):
         export_test(made)
     Image.fromarray(np.zeros_like(wrong)).save(folder / f"{void}.png")

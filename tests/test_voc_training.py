@@ -34,7 +34,7 @@ from data import BadFileError, VOCFolder  # noqa: E402
 from distributed import run_processes  # noqa: E402
 from networks import IMAGENET, build_affinity, build_cam, load_trained, normalisation  # noqa: E402
 from parallel import mean_count, share, shared_mean  # noqa: E402
-from shapes import CLASSES, palette, write_shapes  # noqa: E402
+from shapes import CLASSES, write_shapes  # noqa: E402
 from stages import Run  # noqa: E402
 from training import build_optimizer, fingerprint, gate_step, set_lr, total_steps  # noqa: E402
 
@@ -539,6 +539,9 @@ def damage(root: Path, what: str) -> str:
     if what == "size":
         Image.fromarray(np.zeros((40, 30), np.uint8)).save(mask)
         return rf"{mask.name} must have its image's size \(40, 40\), but has \(40, 30\)"
+    if what == "16 bits":
+        Image.fromarray(np.full((40, 40), 257, np.uint16)).save(mask)
+        return rf"{mask.name} must hold class indices"
     if what == "colours":
         Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(mask)
         return rf"{mask.name} must hold class indices"
@@ -560,7 +563,7 @@ def damage(root: Path, what: str) -> str:
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize(
-    "what", ["truncated image", "no image", "size", "colours", "values", "no mask", "class", "xml", "no xml"]
+    "what", ["truncated image", "no image", "size", "16 bits", "colours", "values", "no mask", "class", "xml", "no xml"]
 )
 def test_bad_file_is_named_or_skipped(own_root, what):
     message = damage(own_root, what)
@@ -681,7 +684,7 @@ def test_cams_survive_a_png_in_steps_of_1_255(tmp_path, present):
 
 def test_masks_survive_a_png(tmp_path):
     mask = np.random.default_rng(0).integers(0, 256, (5, 4), dtype=np.uint8)
-    storage.save_mask(tmp_path / "m.png", mask, palette())
+    storage.save_mask(tmp_path / "m.png", mask)
     with Image.open(tmp_path / "m.png") as image:
         assert image.mode == "P"
         assert np.array_equal(np.array(image), mask)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from config import CRF
-from data import voc_palette
 from infer_cam import cam_path
 from inference import shared_batches
 from numpy.typing import NDArray
@@ -43,7 +42,7 @@ def write_crf_labels(run: Run) -> None:
         alphas = config.alpha_low, config.alpha_high
         both = torch.cat([with_background(cam, tags, pixelss.background_score(cam, alpha=alpha)) for alpha in alphas])
         for path, labels in zip(paths(stem), label_maps(image, both, tags, config.crf), strict=True):
-            save_mask(path, labels, voc_palette())
+            save_mask(path, labels)
     barrier()
 
 

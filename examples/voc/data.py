@@ -60,7 +60,7 @@ class VOCFolder:
 
     def image(self, stem: str) -> NDArray[np.uint8]:
         """Return an image (H, W, 3), uint8 RGB."""
-        return _pixels(self.image_path(stem), "RGB")
+        return _pixels(self.image_path(stem), "RGB")[0]
 
     def size(self, stem: str) -> tuple[int, int]:
         """Return an image's (height, width) from its header alone."""
@@ -89,9 +89,9 @@ class VOCFolder:
         if path is None:
             hint = "" if folder else f" {_AUG}"
             raise BadFileError(f"{' and '.join(str(f / f'{stem}.png') for f in folders)}: no such mask.{hint}")
-        mask = _pixels(path, None)
-        if mask.ndim != 2:
-            raise BadFileError(f"{path} must hold class indices (a palette or grey PNG), but has colours.")
+        mask, mode = _pixels(path, None)
+        if mode not in ("P", "L", "1"):
+            raise BadFileError(f"{path} must hold class indices (an 8-bit palette or grey PNG), but has mode {mode}.")
         if mask.shape != (size := self.size(stem)):
             raise BadFileError(f"{path} must have its image's size {size}, but has {mask.shape} (height, width).")
         if wrong := sorted(set(np.unique(mask).tolist()) - {*range(self.num_classes + 1), VOID}):
@@ -110,17 +110,9 @@ def read_list(root: Path, name: str) -> list[str]:
     return stems
 
 
-def voc_palette() -> list[int]:
-    """Return the PASCAL VOC palette as 768 bytes: index i has the bits of i spread over red, green and blue."""
-    colours = np.zeros((256, 3), dtype=int)
-    for bit in range(8):
-        colours |= (np.arange(256)[:, None] >> (3 * bit) >> np.arange(3) & 1) << (7 - bit)
-    return [int(value) for value in colours.flat]
-
-
-def _pixels(path: Path, mode: str | None) -> NDArray[np.uint8]:
+def _pixels(path: Path, mode: str | None) -> tuple[NDArray[np.uint8], str]:
     with _named(path), Image.open(path) as image:
-        return np.array(image if mode is None else image.convert(mode), dtype=np.uint8)
+        return np.array(image if mode is None else image.convert(mode)).astype(np.uint8), image.mode
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import yaml
 from inference import shared_batches
 from numpy.typing import NDArray
-from parallel import rank
+from parallel import rank, sum_over
 from stages import Run
 from storage import write_atomic
 
@@ -19,36 +20,45 @@ import pixelss
 Array = NDArray[np.uint8]
 
 
-def score_masks(run: Run, folder: Path, stems: list[str], desc: str) -> pixelss.SegmentationScores:
-    """Return the scores of the label maps in `folder` against the data set's masks, over all processes."""
+def score_masks(run: Run, folder: Path, stems: list[str], desc: str) -> tuple[pixelss.SegmentationScores, int]:
+    """Return the scores of the label maps in `folder` against the data set's masks, and how many were scored."""
     matrix = pixelss.ConfusionMatrix(run.data.num_classes + 1)
 
     def read(stem: str) -> tuple[Array, Array]:
         return run.data.mask(stem, folder=folder), run.data.mask(stem)
 
+    count = torch.zeros((), device=run.device)
     for ((_, masks),) in shared_batches(run, stems, read, desc=desc):
         matrix.update(*(torch.from_numpy(mask)[None] for mask in masks))
-    return matrix.to(run.device).compute()
+        count += 1
+    return matrix.to(run.device).compute(), int(sum_over(count).item())
+
+
+def by_class(run: Run, iou: torch.Tensor) -> dict[str, float | None]:
+    """Return the IoU of every class by name, None where neither truth nor prediction shows it: JSON has no NaN."""
+    names = ["background", *run.data.classes]
+    return {name: None if value != value else value for name, value in zip(names, iou.tolist(), strict=True)}
 
 
 def evaluate(run: Run) -> None:
     """Score infer_seg's label maps; write scores.json and table.md."""
     name = run.config.data.val
-    scores = score_masks(run, run.folder("infer_seg") / "val", run.data.stems(name), "evaluate")
-    ours = {"mean": scores.miou.item()}
-    ours |= dict(zip(["background", *run.data.classes], scores.iou.tolist(), strict=True))
+    scores, count = score_masks(run, run.folder("infer_seg") / "val", run.data.stems(name), "evaluate")
+    ours = {"mean": scores.miou.item(), **by_class(run, scores.iou)}
     if rank() == 0:
         folder = run.folder("evaluate")
         write_atomic(folder / "scores.json", json.dumps({"list": name, "iou": ours}, indent=1) + "\n")
         write_atomic(folder / "table.md", class_table(ours, f"IoU (%) of the segmentation on {name}.txt"))
-    run.finish("evaluate", list=name, miou=round(100 * ours["mean"], 1))
+    run.finish("evaluate", list=name, images=count, miou=round(100 * scores.miou.item(), 1))
 
 
-def class_table(ours: dict[str, float], caption: str) -> str:
+def class_table(ours: Mapping[str, float | None], caption: str) -> str:
     """Return a Markdown table of the classes' IoU, with the paper's (VOC val) for classes of the same name."""
     paper = paper_figures()["table4"]
     lines = [f"{caption}; the paper's: VOC 2012 val, its Table 4.", "", "| class | ours | paper |", "|---|---|---|"]
-    lines += [f"| {name} | {100 * iou:.1f} | {paper.get(name, {}).get('iou', '-')} |" for name, iou in ours.items()]
+    for name, iou in ours.items():
+        figure = "-" if iou is None else f"{100 * iou:.1f}"
+        lines.append(f"| {name} | {figure} | {paper.get(name, {}).get('iou', '-')} |")
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,6 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-from data import voc_palette
 from inference import autocast, shared_batches, to_input
 from networks import load_trained
 from stages import Run
@@ -40,5 +39,5 @@ def _segment(run: Run, network: nn.Module, split: str, stems: list[str]) -> int:
         if config.crf:
             probs = pixelss.dense_crf(levels, probs, **asdict(config.crf))
         for (stem, _), labels in zip(batch, probs.argmax(1).to(torch.uint8).cpu().numpy(), strict=True):
-            save_mask(folder / f"{stem}.png", np.ascontiguousarray(labels), voc_palette())
+            save_mask(folder / f"{stem}.png", np.ascontiguousarray(labels))
     return len(stems)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from crf_labels import label_maps, with_background
-from data import voc_palette
 from evaluate import score_masks
 from infer_cam import cam_path
 from inference import autocast, cam_stems, shared_batches, to_input
@@ -44,8 +43,9 @@ def make_labels(run: Run) -> None:
         walked = pixelss.random_walk(cells, affinity, beta=config.beta, log_steps=config.log_steps, radius=radius)
         walked = interpolate(walked, image.shape[:2], mode="bilinear")
         (labels,) = label_maps(image, walked, tags, config.crf)
-        save_mask(folder / f"{stem}.png", labels, voc_palette())
+        save_mask(folder / f"{stem}.png", labels)
     barrier()
     name = run.config.data.score
-    result = score_masks(run, folder, run.data.stems(name), "score_labels")
-    run.finish("make_labels", images=len(cam_stems(run)), list=name, miou=round(100 * result.miou.item(), 1))
+    result, count = score_masks(run, folder, run.data.stems(name), "score_labels")
+    miou = round(100 * result.miou.item(), 1)
+    run.finish("make_labels", images=len(cam_stems(run)), list=name, scored=count, miou=miou)

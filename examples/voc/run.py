@@ -32,6 +32,7 @@ from plan import missing, print_plan
 from runfolder import UserError, log_stage, open_run, print_results
 from score_cam import score_cam
 from stages import Run
+from storage import remove_checkpoints
 from train_affinity import train_affinity
 from train_cam import train_cam
 from train_seg import train_seg
@@ -74,6 +75,8 @@ def execute(run: Run, stages: Sequence[str]) -> None:
     for stage in stages:
         function, needs, memory = STAGES[stage]
         if run.finished(stage):
+            if rank() == 0:
+                remove_checkpoints(run.folder(stage))  # of a run that was killed right after its last step
             continue
         if absent := [need for need in needs if not run.finished(need)]:
             raise UserError(f"{stage} needs {' and '.join(absent)}, not finished in {run.out}: add to --stages.")
@@ -118,6 +121,8 @@ def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     wanted = options.stages.removeprefix("from:").split(",") if options.stages != "all" else list(STAGES)
     if unknown := [name for name in wanted if name not in STAGES]:
         raise UserError(f"--stages must be all, from:NAME or names of {', '.join(STAGES)}, but has {unknown}.")
+    if options.stages.startswith("from:") and len(wanted) > 1:
+        raise UserError(f"--stages from:NAME takes one name, but has {wanted}.")
     names = list(STAGES)
     chosen = names[names.index(wanted[0]) :] if options.stages.startswith("from:") else wanted
     options.stages = [name for name in names if name in chosen]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from crf_labels import label_maps, with_background
+from evaluate import by_class
 from infer_cam import cam_path
 from inference import shared_batches
 from numpy.typing import NDArray
@@ -48,7 +49,7 @@ def score_cam(run: Run) -> None:
                 background = pixelss.background_score(cam, alpha=config.crf_alpha)
             (result,) = label_maps(image, with_background(cam, tags, background), tags, config.crf)
             refined.update(_on_device(run, result), truth)
-    scores["iou"] = dict(zip(["background", *run.data.classes], plain.compute().iou.tolist(), strict=True))
+    scores["iou"] = by_class(run, plain.compute().iou)
     if config.crf:
         scores["crf_miou"] = refined.compute().miou.item()
     if config.single_scales:

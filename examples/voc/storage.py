@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from pixelss.viz import voc_palette
+
 _AGAIN = "remove it and infer_cam/done.json, then run infer_cam again."
 
 
@@ -130,10 +132,10 @@ def load_cam(path: Path, num_classes: int) -> Tensor:
     return cam
 
 
-def save_mask(path: Path, mask: NDArray[np.uint8], palette: list[int]) -> None:
-    """Write a label map as a palette PNG."""
+def save_mask(path: Path, mask: NDArray[np.uint8]) -> None:
+    """Write a label map as a PNG in VOC's colours."""
     image = Image.fromarray(mask)
-    image.putpalette(palette)
+    image.putpalette(voc_palette().tobytes())
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     write_atomic(path, buffer.getvalue())

@@ -14,6 +14,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -111,7 +112,8 @@ def figures_of(name: str, runs: dict[str, list[Run]]) -> Figures:
 
     if name == "table4":
         ious = [scores(run, "evaluate")["iou"] for run in runs["MAM+RCM"]]
-        return {kind: {"iou": [100 * iou[kind] for iou in ious]} for kind in ious[0]}
+        percent = [{kind: math.nan if value is None else 100 * value for kind, value in iou.items()} for iou in ious]
+        return {kind: {"iou": [one[kind] for one in percent]} for kind in percent[0]}
     figures: Figures = {}
     for row, of_seeds in runs.items():
         columns: dict[str, list[float]] = defaultdict(list)
@@ -152,7 +154,9 @@ def write_table(name: str, figures: Figures, caption: str, seeds: list[int], out
 
 def _spread(values: list[float]) -> str:
     """Return the mean over the seeds, and half their range where there are several."""
-    return f"{statistics.fmean(values):.1f}" + (f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else "")
+    mean = statistics.fmean(values)  # not a number where a class was never seen
+    spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+    return "-" if math.isnan(mean) else f"{mean:.1f}{spread}"
 
 
 def plot(name: str, figures: Figures, runs: dict[str, list[Run]], path: Path) -> None:
