@@ -210,6 +210,12 @@ def test_estimate_is_the_measured_step(shapes: Path) -> None:
     assert cost(settings, VOCFolder(shapes))["train_cam"] == pytest.approx(49.7)
 
 
+def test_defaults_are_those_of_paper_yaml() -> None:
+    paper = load_config([VOC / "paper.yaml"])
+    paper.data.classes = paper.network.weights = None
+    assert paper == Config()
+
+
 def test_errors_are_one_message(shapes: Path, tmp_path: Path, call: Call) -> None:
     base = ("--data", shapes, "--out", tmp_path, "--config", VOC / "demo.yaml")
     assert "cam.nothing" in call(main, *base, "--cam.nothing", 1, ok=False)

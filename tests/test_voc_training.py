@@ -23,6 +23,7 @@ from torch.testing import assert_close
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "voc")]
 
+import runfolder  # noqa: E402
 import storage  # noqa: E402
 import train_affinity  # noqa: E402
 import train_cam  # noqa: E402
@@ -35,7 +36,7 @@ from networks import IMAGENET, build_affinity, build_cam, load_trained, normalis
 from parallel import mean_count, share, shared_mean  # noqa: E402
 from shapes import CLASSES, palette, write_shapes  # noqa: E402
 from stages import Run  # noqa: E402
-from training import build_optimizer, gate_step, set_lr, total_steps  # noqa: E402
+from training import build_optimizer, fingerprint, gate_step, set_lr, total_steps  # noqa: E402
 
 import pixelss  # noqa: E402
 
@@ -305,6 +306,14 @@ def test_resuming_with_other_settings_is_refused_and_named(root, tmp_path, monke
     other.cam = replace(other.cam, threshold=0.3, schedule=replace(other.cam.schedule, log_every=3))
     with pytest.raises(ValueError, match=r"other settings: cam\.threshold was 0\.2, is 0\.3\. "):
         train_cam.train_cam(replace(run, config=other))
+
+
+def test_training_and_run_folder_agree_on_what_may_change(root, tmp_path):
+    samples = Samples(VOCFolder(root), ["one"], tiny_config(), Augment())
+    for stage in STAGES:
+        decisive = fingerprint(open_run(root, tmp_path), stage, samples)
+        assert decisive
+        assert not {name.rsplit(".", 1)[-1] for name in decisive} & runfolder.FREE
 
 
 def test_a_log_loses_what_was_not_checkpointed_and_half_lines(root, whole, tmp_path, monkeypatch):
@@ -583,6 +592,19 @@ def test_lists_may_hold_paths_and_missing_ones_say_what_to_get(own_root):
     (lists / "empty.txt").write_text("\n")
     with pytest.raises(BadFileError, match="lists no image"):
         data.stems("empty")
+
+
+def test_names_of_classes_may_hold_spaces(own_root):
+    (own_root / "classes.txt").write_text("traffic light\n dog \n\n")
+    assert VOCFolder(own_root).classes == ["traffic light", "dog"]
+
+
+def test_overlays_leave_out_bad_images(own_root):
+    damage(own_root, "truncated image")
+    data, config = VOCFolder(own_root), tiny_config()
+    stems = ["train_0002", "train_0003"]
+    pictures = train_cam.overlays(build_cam(config, data.num_classes), Samples(data, stems, config, Augment(crop=32)))
+    assert list(pictures) == ["cam/train_0002"]
 
 
 # Storage

@@ -211,7 +211,11 @@ class Affinity:
     radius: int = 5
     crf: CRF = field(default_factory=CRF)
     schedule: Schedule = field(default_factory=lambda: Schedule(epochs=8, batch=8))
-    augment: Augment = field(default_factory=lambda: Augment(crop=448, resize_range=(0.7, 1.3)))
+    augment: Augment = field(
+        default_factory=lambda: Augment(
+            crop=448, resize_range=(0.7, 1.3), jitter=(0.3, 0.3, 0.3, 0.1), jitter_probability=1.0
+        )
+    )
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(head_lr=10))
 
 

@@ -43,7 +43,8 @@ class VOCFolder:
                 f"The class names are missing: set data.classes in the config or write {listed}, one name a line, in "
                 "the masks' order."
             )
-        self.classes = list(classes) if classes is not None else listed.read_text().split()
+        lines = listed.read_text().splitlines() if classes is None else classes
+        self.classes = [name for line in lines if (name := line.strip())]
         self._index = {name: i for i, name in enumerate(self.classes)}
 
     @property

@@ -127,7 +127,7 @@ def load_trained(run: Run, stage: str) -> nn.Sequential:
     else:
         network = (build_cam if stage == "train_cam" else build_segmentation)(plain, run.data.num_classes)
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return network.eval().to(run.device)
+    return network.eval().to(run.device).to(memory_format=torch.channels_last)  # as the images are
 
 
 def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 T = TypeVar("T")
+# A stage of inference meets the other processes at its end alone, and shares take unequal time. A process that dies
+# does not make the others wait so long: torchrun ends them.
+_TIMEOUT = timedelta(hours=6)
 
 
 @contextmanager
@@ -21,12 +25,10 @@ def process_group(device: str) -> Iterator[torch.device]:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if many:
-        distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    try:
-        yield place
-    finally:
-        if many:
-            distributed.destroy_process_group()
+        distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    yield place
+    if many:  # not after an error: it may wait for the other processes, which wait for this one
+        distributed.destroy_process_group()
 
 
 def rank() -> int:

@@ -24,11 +24,14 @@ def missing(config: Config, root: Path, stages: list[str]) -> list[str]:
         "Annotations": "the tags, STEM.xml",
         "SegmentationClass": "the masks for scoring, STEM.png",
     }
-    absent = [name for name in folders if not (root / name).is_dir()]
+    lists = _lists(config, stages)
+    first_places = {places[0] for needs in lists.values() for places in needs.values()}
+    needed = {place.split("/")[0] for place in first_places} | {"JPEGImages"}
+    absent = [name for name in folders if name in needed and not (root / name).is_dir()]
     faults = [f"{root / name} is missing: it holds {folders[name]}." for name in absent]
     if config.data.classes is None and not (root / "classes.txt").is_file():
         faults.append(f"{root / 'classes.txt'} is missing, and data.classes names no classes either.")
-    for name, needs in _lists(config, stages).items():
+    for name, needs in lists.items():
         try:
             stems = read_list(root, name)
         except (FileNotFoundError, BadFileError) as error:

@@ -38,8 +38,8 @@ def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run
     settings = json.loads(json.dumps(asdict(config), default=str))  # tuples as lists, paths as strings
     environment = _environment(root, device)
     if (out / "config.yaml").is_file():
-        before = _flat(yaml.safe_load((out / "config.yaml").read_text()))
-        after = _flat(settings) | {"--data": environment["data"]}
+        before = flat(yaml.safe_load((out / "config.yaml").read_text()))
+        after = flat(settings) | {"--data": environment["data"]}
         before["--data"] = json.loads((out / "environment.json").read_text())["data"]
         names = [name for name in sorted(before.keys() | after.keys()) if name.rsplit(".", 1)[-1] not in FREE]
         if changed := [f"  {n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]:
@@ -54,11 +54,11 @@ def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run
     return Run(config, VOCFolder(root, config.data.classes), out, device)
 
 
-def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+def flat(tree: Any, name: str = "") -> dict[str, Any]:
     """Return the leaves of nested dictionaries under dotted names."""
     if not isinstance(tree, dict):
         return {name: tree}
-    return {k: v for key, branch in tree.items() for k, v in _flat(branch, f"{name}.{key}".strip(".")).items()}
+    return {k: v for key, branch in tree.items() for k, v in flat(branch, f"{name}.{key}".strip(".")).items()}
 
 
 def _environment(root: Path, device: torch.device) -> dict[str, Any]:
@@ -79,9 +79,10 @@ def _environment(root: Path, device: torch.device) -> dict[str, Any]:
 
 
 def log_stage(out: Path, stage: str, seconds: float) -> None:
-    """Add a line to stages.jsonl."""
-    with (out / "stages.jsonl").open("a") as log:
-        log.write(json.dumps({"stage": stage, "seconds": round(seconds, 1), "processes": world_size()}) + "\n")
+    """Add a line to stages.jsonl, written as a whole: half a line would break every later start."""
+    log = out / "stages.jsonl"
+    line = json.dumps({"stage": stage, "seconds": round(seconds, 1), "processes": world_size()}) + "\n"
+    write_atomic(log, (log.read_text() if log.is_file() else "") + line)
 
 
 def print_results(run: Run, stages: Sequence[str]) -> None:

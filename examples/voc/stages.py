@@ -11,7 +11,7 @@ import torch
 from config import Config
 from data import VOCFolder
 from parallel import barrier, rank
-from storage import write_atomic
+from storage import remove_unfinished, write_atomic
 
 
 @dataclass
@@ -42,5 +42,6 @@ class Run:
         """Mark a stage as done, after every process has reached this line."""
         barrier()
         if rank() == 0:
+            remove_unfinished(self.folder(stage))
             write_atomic(self.folder(stage) / "done.json", json.dumps(results, indent=1) + "\n")
         barrier()

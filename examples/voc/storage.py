@@ -51,8 +51,8 @@ def append_line(path: Path, line: str) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed `write_atomic` left in `folder`; call it in one process, before any writes."""
-    for path in folder.glob(".*.tmp"):
+    """Remove what a killed `write_atomic` left in and below `folder`; call it in one process, while none writes."""
+    for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from batches import Batch, Samples
 from config import CAM
+from data import BadFileError
 from networks import build_cam, to_tensor
 from numpy.typing import NDArray
 from parallel import shared_mean
@@ -103,6 +104,8 @@ class Objective:
             value = pixelss.direct_loss(pixelss.normalize_cam(out[1.0].cam), mask, labels)
             parts["direct"] = shared_mean(value, pairs)
             loss = loss + config.direct * parts["direct"]
+        if not (mam or report):
+            return loss, parts
         targets = [pixelss.normalize_cam(o.cam) for o in teacher]
         cams = {scale: pixelss.normalize_cam(o.cam) for scale, o in out.items()}
         if mam:
@@ -160,8 +163,12 @@ def overlays(student: nn.Sequential, samples: Samples, *, count: int = 4) -> dic
     pictures = {}
     student.eval()
     for stem in samples.stems[:count]:
-        image = np.asarray(Image.fromarray(samples.data.image(stem)).resize((side, side)))
-        labels = samples.data.tags(stem)[None].to(next(student.parameters()).device)
+        try:
+            pixels, tags = samples.data.image(stem), samples.data.tags(stem)
+        except BadFileError:  # stops, or is told and passed over, where it is to be trained on
+            continue
+        image = np.asarray(Image.fromarray(pixels).resize((side, side)))
+        labels = tags[None].to(next(student.parameters()).device)
         images = to_tensor(image, samples.config)[None].to(labels.device, memory_format=torch.channels_last)
         cam = pixelss.msinf_cam([student(images).cam], labels, size=(side, side)).amax(1)[0].cpu().numpy()
         heat = np.stack([255 * cam, 90 * cam, 60 * (1 - cam)], -1)

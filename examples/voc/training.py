@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from batches import Batch, Samples
 from config import Config, Gate, Optimizer, Schedule
+from inference import autocast
 from numpy.typing import NDArray
 from parallel import averaged, barrier, rank, sum_over, world_size
+from runfolder import flat
 from stages import Run
 from storage import append_line, load_checkpoint, remove_checkpoints, remove_unfinished, save_checkpoint, write_atomic
 from torch import Tensor, nn
@@ -30,10 +32,9 @@ from tqdm import tqdm
 Loss = Callable[[nn.Module, Batch, int, bool], tuple[Tensor, dict[str, Tensor]]]
 
 SECTIONS = {"train_cam": "cam", "train_affinity": "affinity", "train_seg": "seg"}
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUT = torch.channels_last  # what convolutions on CUDA are fastest with
 # A killed run may go on with other values of these: they change what it tells, or another stage, not what it learns.
-FREE = ("schedule.checkpoint_every", "schedule.log_every", "seg.crf", "seg.test_scales", "seg.tile")
+FREE = ("schedule.checkpoint_every", "schedule.log_every", "seg.crf", "seg.max_batch", "seg.test_scales", "seg.tile")
 
 
 def train(
@@ -88,6 +89,7 @@ def train(
     log = Log(folder, done, tensorboard=config.tensorboard) if rank() == 0 else None
 
     if config.compile:
+        torch.compiler.reset()  # all networks share one limit of graphs; past it the last stage would run uncompiled
         for module in modules.values():
             module.compile(dynamic=False)  # in place: the names of the tensors stay; one graph a scale
     wrapped: nn.Module = network
@@ -105,7 +107,7 @@ def train(
             save = last or (step + 1) % schedule.checkpoint_every == 0
             torch.manual_seed(int(np.random.SeedSequence((config.seed, step, rank())).generate_state(1)[0]))
             lr = set_lr(optimizer, section.optimizer, step / steps)
-            with torch.autocast(device.type, DTYPES[config.precision], enabled=config.precision != "float32"):
+            with autocast(run):
                 value, values = loss(wrapped, to_device(batch, device), step, report)
             optimizer.zero_grad()
             scaler.scale(value).backward()
@@ -211,16 +213,8 @@ def fingerprint(run: Run, stage: str, samples: Samples) -> dict[str, str]:
     config, section = run.config, SECTIONS[stage]
     parts: dict[str, Any] = {"seed": config.seed, "precision": config.precision, "data.classes": run.data.classes}
     parts["data.train"] = hashlib.sha256(" ".join(samples.stems).encode()).hexdigest()[:16]
-    parts |= _flat("network", asdict(config.network)) | _flat(section, asdict(getattr(config, section)))
+    parts |= flat(asdict(config.network), "network") | flat(asdict(getattr(config, section)), section)
     return {name: str(value) for name, value in parts.items() if not any(free in name for free in FREE)}
-
-
-def _flat(prefix: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the leaves of nested settings under dotted names."""
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= _flat(f"{prefix}.{name}", value) if isinstance(value, dict) else {f"{prefix}.{name}": value}
-    return leaves
 
 
 def check_settings(folder: Path, saved: Mapping[str, str], current: Mapping[str, str]) -> None:

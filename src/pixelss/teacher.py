@@ -77,11 +77,14 @@ class EMATeacher(nn.Module):
         alpha = self.momentum if momentum is None else momentum
         check_number("momentum", alpha, low=0, high=1)
         with torch.no_grad():
-            for theirs, ours in _pairs(dict(_named_tensors(student)), dict(_named_tensors(self.module))):
+            pairs = _pairs(dict(_named_tensors(student)), dict(_named_tensors(self.module)))
+            averaged = [(theirs.to(ours.dtype), ours) for theirs, ours in pairs if ours.is_floating_point()]
+            for theirs, ours in pairs:
                 if alpha == 0 or not ours.is_floating_point():
                     ours.copy_(theirs)
-                elif alpha < 1:  # 1 keeps the teacher, from a student that is not finite too
-                    ours.lerp_(theirs.to(ours.dtype), 1 - alpha)
+            if averaged and 0 < alpha < 1:  # 1 keeps the teacher, from a student that is not finite too
+                # One kernel for all tensors: hundreds of launches cost more than the arithmetic on a GPU.
+                torch._foreach_lerp_([ours for _, ours in averaged], [theirs for theirs, _ in averaged], 1 - alpha)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the averaged network, without gradient."""
