@@ -110,9 +110,11 @@ def name_aliases(
 def append_voc(app: Any, docname: str, source: list[str]) -> None:
     """Append examples/voc/README.md to the page on VOC, a heading level down, links into the repository as text."""
     path = ROOT / "examples" / "voc" / "README.md"
-    if docname != "voc" or not path.exists():
+    if docname != "voc":
         return
     app.env.note_dependency(str(path))
+    if not path.exists():
+        return
     lines, code = [], False
     for line in path.read_text().splitlines():
         code ^= line.lstrip().startswith("```")
