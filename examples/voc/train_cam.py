@@ -22,6 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from training import gate_step, train
 
 import pixelss
+from pixelss import viz
 
 STAGE = "train_cam"
 
@@ -171,7 +172,6 @@ def overlays(student: nn.Sequential, samples: Samples, *, count: int = 4) -> dic
         labels = tags[None].to(next(student.parameters()).device)
         images = to_tensor(image, samples.config)[None].to(labels.device, memory_format=torch.channels_last)
         cam = pixelss.msinf_cam([student(images).cam], labels, size=(side, side)).amax(1)[0].cpu().numpy()
-        heat = np.stack([255 * cam, 90 * cam, 60 * (1 - cam)], -1)
-        pictures[f"cam/{stem}"] = (image * 0.45 + heat * 0.55).astype(np.uint8)
+        pictures[f"cam/{stem}"] = viz.overlay_cam(image, cam)
     student.train()
     return pictures
