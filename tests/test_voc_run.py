@@ -139,6 +139,8 @@ def test_all_stages_give_every_result(finished: tuple[Path, str], shapes: Path) 
     assert [line.split()[0] for line in table if line[0] != " "][1:] == list(STAGES)
     assert max(map(len, table)) <= 80
     assert all((out / stage / "done.json").is_file() for stage in STAGES)
+    with Image.open(out / "score_cam" / "curve.png") as curve:
+        assert curve.size[0] > 500
     scores = json.loads((out / "score_cam" / "scores.json").read_text())
     assert 0 < scores["miou"] <= 1
     assert len(scores["curve"]["miou"]) == 61

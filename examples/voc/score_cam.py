@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
@@ -13,11 +14,13 @@ from infer_cam import cam_path
 from inference import shared_batches
 from numpy.typing import NDArray
 from parallel import rank
+from PIL import Image
 from stages import Run
 from storage import load_cam, write_atomic
 from torch import Tensor
 
 import pixelss
+from pixelss import viz
 
 Array = NDArray[np.uint8]
 
@@ -56,6 +59,11 @@ def score_cam(run: Run) -> None:
         scores["single_scales"] = {str(scale): _sweep(run, scale) for scale in config.scales}
     if rank() == 0:
         write_atomic(run.folder("score_cam") / "scores.json", json.dumps(scores, indent=1) + "\n")
+        named = {"all scales": scores, **{f"x{k}": one for k, one in scores.get("single_scales", {}).items()}}
+        curves = {name: (one["curve"]["thresholds"], one["curve"]["miou"]) for name, one in named.items()}
+        picture = io.BytesIO()
+        Image.fromarray(viz.threshold_curves(curves)).save(picture, "PNG")
+        write_atomic(run.folder("score_cam") / "curve.png", picture.getvalue())
     shown = {
         name: round(100 * scores[name], 1) for name in ("miou", "precision", "recall", "crf_miou") if name in scores
     }
