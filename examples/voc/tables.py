@@ -194,7 +194,7 @@ def caption_of(name: str, run: Run, seeds: list[int]) -> str:
     split = config.data.val if name == "table4" else config.data.score
     length = f"{cam.schedule.iterations} iterations" if cam.schedule.iterations else f"{cam.schedule.epochs:g} epochs"
     spread = f"mean of seeds {', '.join(map(str, seeds))} ± half their range" if len(seeds) > 1 else f"seed {seeds[0]}"
-    start = ", from a network trained before," if cam.start_from else ""
+    start = ", from a network trained before" if cam.start_from else ""
     return (
         f"{TABLES[name].title}: per cent on {split}.txt of {run.data.root.name} ({len(run.data.stems(split))} images), "
         f"{spread}; {config.network.backbone}, {length} of batch {cam.schedule.batch} at crop {cam.augment.crop}"

@@ -120,7 +120,7 @@ def multi_scale_inference(
 
     total = images.new_zeros(())  # the model knows how many classes there are
     for scale in scales:
-        rows, columns = (_windows(side, float(scale), tile, images.device) for side in (H, W))
+        rows, columns = (_windows(side, scale, tile, images.device) for side in (H, W))
         for (y, height, row_weights), (x, width, column_weights) in product(rows, columns):
             window = resize(images[..., y, x], (height, width)).to(images.dtype)
             logits = run(window) + run(window.flip(-1)).flip(-1) if flip else run(window)
