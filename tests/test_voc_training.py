@@ -108,6 +108,14 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, step: int, factor: float | None = N
     monkeypatch.setattr(train_cam.Objective, "__call__", broken)
 
 
+def train_until(run: Run, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Run train_cam and interrupt it as `fail_at` does."""
+    with monkeypatch.context() as patch:
+        fail_at(patch, step)
+        with pytest.raises(KeyboardInterrupt):
+            train_cam.train_cam(run)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return write_shapes(tmp_path_factory.mktemp("voc") / "shapes", train=12, val=4, size=40)
@@ -281,10 +289,7 @@ def test_dropout_draws_the_same_after_a_resume(root, tmp_path, monkeypatch):
     monkeypatch.setattr(train_cam, "build_cam", with_dropout)
     once, twice = open_run(root, tmp_path / "once"), open_run(root, tmp_path / "twice")
     train_cam.train_cam(once)
-    with monkeypatch.context() as patch:
-        fail_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            train_cam.train_cam(twice)
+    train_until(twice, monkeypatch, 3)
     torch.rand(7)
     train_cam.train_cam(twice)
     check_resumed(twice, once, "train_cam")
@@ -292,10 +297,7 @@ def test_dropout_draws_the_same_after_a_resume(root, tmp_path, monkeypatch):
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(root, whole, tmp_path, monkeypatch):
     run = open_run(root, tmp_path)
-    with monkeypatch.context() as patch:
-        fail_at(patch, 5)
-        with pytest.raises(KeyboardInterrupt):
-            train_cam.train_cam(run)
+    train_until(run, monkeypatch, 5)
     older, newest = sorted(run.folder("train_cam").glob("step-*.pt"))
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -308,10 +310,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(root, whole, tmp_path, 
 
 def test_resuming_with_other_settings_is_refused_and_named(root, tmp_path, monkeypatch):
     run = open_run(root, tmp_path)
-    with monkeypatch.context() as patch:
-        fail_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            train_cam.train_cam(run)
+    train_until(run, monkeypatch, 3)
     other = tiny_config(workers=1)
     other.cam = replace(other.cam, threshold=0.3, schedule=replace(other.cam.schedule, log_every=3))
     with pytest.raises(ValueError, match=r"other settings: cam\.threshold was 0\.2, is 0\.3\. "):
@@ -328,10 +327,7 @@ def test_training_and_run_folder_agree_on_what_may_change(root, tmp_path):
 
 def test_a_log_loses_what_was_not_checkpointed_and_half_lines(root, whole, tmp_path, monkeypatch):
     run = open_run(root, tmp_path)
-    with monkeypatch.context() as patch:
-        fail_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            train_cam.train_cam(run)
+    train_until(run, monkeypatch, 3)
     assert [line["step"] for line in metrics(run)] == [1, 2, 3]
     with (run.folder("train_cam") / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')

@@ -62,14 +62,16 @@ def timm_backbone(name: str, *, output_stride: int = 8, pretrained: bool = False
         hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()."
         raise ValueError(f"name must be one of timm's networks, but is {name!r}: {hint}")
     strides: set[int] = set()
+    refusal: Exception | None = None
     offers: tuple[dict[str, Any], ...] = ({"output_stride": output_stride}, _PLAIN, _WINDOWED, {})
     for offer in offers:  # the first that the network accepts and that gives the stride
         settings = {**offer, **kwargs}
         try:
             probe: Any = timm.create_model(name, features_only=True, **settings)
-        except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             if not offer:
                 raise
+            refusal = error  # networks refuse settings with any of these; told where no offer gives the stride
             continue
         reductions = [level["reduction"] for level in probe.feature_info.info]
         if output_stride in reductions:
@@ -80,7 +82,9 @@ def timm_backbone(name: str, *, output_stride: int = 8, pretrained: bool = False
         strides.update(reductions)
     given = ", ".join(map(str, sorted(strides))) + (" only" if len(strides) == 1 else "")
     nearest = min(strides, key=lambda stride: abs(stride - output_stride))
-    raise ValueError(f"{name} gives stride {given}; ask for output_stride={nearest} instead of {output_stride}.")
+    raise ValueError(
+        f"{name} gives stride {given}; ask for output_stride={nearest} instead of {output_stride}."
+    ) from refusal
 
 
 class _TimmBackbone(nn.Module):
