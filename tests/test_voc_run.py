@@ -278,6 +278,18 @@ def test_a_process_that_starts_late_still_does_its_share(
     assert all(cam_path(made, stem).is_file() for stem in made.data.stems("train"))
 
 
+def test_score_cam_infers_the_scored_images_where_infer_cam_has_not_run(shapes: Path, tmp_path: Path) -> None:
+    made = new_run(shapes, tmp_path / "run", settings=config(**{"data.score": "val"}))
+    score_cam(made)
+    score = (made.out / "score_cam/scores.json").read_text()
+    stems = [{path.stem for path in made.folder("infer_cam").glob("*.png")}]
+    infer_cam(made)
+    stems += [{path.stem for path in made.folder("infer_cam").glob("*.png")}]
+    assert stems == [set(made.data.stems("val")), {*made.data.stems("val"), *made.data.stems("train")}]
+    score_cam(made)
+    assert (made.out / "score_cam/scores.json").read_text() == score
+
+
 def test_cam_of_infer_cam_is_the_library_s(shapes: Path, tmp_path: Path) -> None:
     made = new_run(shapes, tmp_path / "run")
     infer_cam(made)

@@ -29,6 +29,7 @@ import storage  # noqa: E402
 import train_affinity  # noqa: E402
 import train_cam  # noqa: E402
 import train_seg  # noqa: E402
+import training  # noqa: E402
 from batches import Samples, colour_jitter, draw_window  # noqa: E402
 from config import CAM, Augment, Config, Data, Gate, Network, Optimizer, Schedule  # noqa: E402
 from data import BadFileError, VOCFolder  # noqa: E402
@@ -37,7 +38,7 @@ from networks import IMAGENET, build_affinity, build_cam, load_trained, normalis
 from parallel import mean_count, share, shared_mean  # noqa: E402
 from shapes import CLASSES, write_shapes  # noqa: E402
 from stages import Run  # noqa: E402
-from training import build_optimizer, fingerprint, gate_step, set_lr, total_steps  # noqa: E402
+from training import build_optimizer, fingerprint, gate_step, set_lr, total_steps, train_mode  # noqa: E402
 
 import pixelss  # noqa: E402
 
@@ -160,7 +161,10 @@ def test_stages_write_models_metrics_and_nothing_else(whole):
     assert "rcm" not in names[0]
     assert "rcm" in names[1]
     assert "mam" not in names[1]
-    assert {"mam", "direct", "gap", "zeros", "peak"} <= names[2]
+    assert {"mam", "direct", "gap", "zeros", "peak", "teacher_cls"} <= names[2]
+    first, second = metrics(whole)[:2]
+    assert first["teacher_cls"] == first["cls"]  # the teacher starts as the student, which learns before it
+    assert second["teacher_cls"] != second["cls"]
 
 
 def test_a_finished_stage_is_left_alone(whole, monkeypatch):
@@ -254,6 +258,36 @@ def kill_until_finished(run: Run, stage: str, moments: list[float]) -> int:
         assert child.returncode in (0, -signal.SIGKILL), errors
     assert run.finished(stage)
     return kills
+
+
+def test_a_checkpoint_written_late_holds_the_state_of_its_own_step(root, whole, tmp_path, monkeypatch):
+    run, write = open_run(root, tmp_path), training.save_checkpoint
+
+    def late(folder, step, state):
+        while step == 2 and len(metrics(run)) < 4:
+            time.sleep(0.01)
+        return write(folder, step, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", late)
+        train_until(run, patch, 4)
+    (_, of_step_2) = sorted(run.folder("train_cam").glob("step-*.pt"), reverse=True)
+    for path in run.folder("train_cam").glob("step-*.pt"):
+        if path != of_step_2:
+            path.unlink()
+    train_cam.train_cam(run)
+    check_resumed(run, whole, "train_cam")
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_training(root, tmp_path, monkeypatch):
+    def full(folder, step, state):
+        raise OSError(errno.ENOSPC, f"could not write {folder}/step-{step}.pt")
+
+    monkeypatch.setattr(training, "save_checkpoint", full)
+    run = open_run(root, tmp_path)
+    with pytest.raises(OSError, match=r"could not write .*step-2\.pt"):
+        train_cam.train_cam(run)
+    assert not run.finished("train_cam")
 
 
 def check_resumed(run: Run, whole: Run, stage: str) -> None:
@@ -775,5 +809,26 @@ def test_given_weights_freeze_the_norms(tmp_path):
         norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         assert norms
         assert not any(p.requires_grad for norm in norms for p in norm.parameters())
+        train_mode(network.eval())
+        assert not any(norm.training for norm in norms)
+        assert all(module.training for module in network.modules() if module not in norms)
     with pytest.raises(ValueError, match=r"network\.weights must be null"):
         build_cam(tiny_config(network=Network("small", weights=tmp_path / "weights.pth")), 2)
+
+
+def test_frozen_parts_are_not_trained_and_unknown_ones_named():
+    network = Network("resnet18", frozen=("net.conv1", "net.layer1"), output_stride=16, dim=8)
+    for build in (lambda config: build_cam(config, 2), build_affinity):
+        backbone = build(tiny_config(network=network))[0]
+        frozen = {name for name, weight in backbone.named_parameters() if not weight.requires_grad}
+        parts = ("net.conv1.", "net.layer1.", "backbone.net.conv1.", "backbone.net.layer1.")
+        assert frozen == {name for name, _ in backbone.named_parameters() if name.startswith(parts)}
+        assert frozen
+    with pytest.raises(ValueError, match=r"network\.frozen must name modules of resnet18 \(.*net\.layer1.*'layer1'"):
+        build_cam(tiny_config(network=replace(network, frozen=("layer1",))), 2)
+
+
+@pytest.mark.parametrize("backbone", ["small", "resnet38"])
+def test_a_stride_that_a_backbone_has_not_is_refused(backbone):
+    with pytest.raises(ValueError, match=rf"network\.output_stride must be 8 for {backbone}, but is 16"):
+        build_cam(tiny_config(network=Network(backbone, output_stride=16)), 2)

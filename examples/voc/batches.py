@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,7 +134,7 @@ class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
         """
         skipped: list[str] = []
         epoch, place = divmod(position, len(self))
-        order = np.random.default_rng((self.config.seed, 0, epoch)).permutation(len(self))
+        order = _order(self.config.seed, epoch, len(self))
         for i in range(len(self)):
             stem = self.stems[order[(place + i) % len(self)]]
             try:
@@ -174,6 +175,11 @@ class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
             for complaint in skipped:
                 warnings.warn(complaint, stacklevel=2)
             yield images
+
+
+@lru_cache(2)
+def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, 0, epoch)).permutation(count)
 
 
 def _collate(items: list[tuple[Batch, list[str]] | BadFileError]) -> tuple[Batch, list[str]] | BadFileError:

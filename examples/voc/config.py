@@ -36,13 +36,15 @@ class Network:
 
     Args:
         backbone: resnet38, small (a few convolutions, for the demo) or any timm name.
-        weights: its weight file; its norms are then frozen, resnet38's stem as well.
-        output_stride: of a timm network.
+        weights: its weight file; its norms are then frozen.
+        frozen: names of its modules that are not trained; null: with weights resnet38's stem, else none.
+        output_stride: of a timm network; the others have stride 8.
         dim: D, the channels of the CAM head's features.
     """
 
     backbone: str = "resnet38"
     weights: Path | None = None
+    frozen: tuple[str, ...] | None = None
     output_stride: int = 8
     dim: int = 256
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,12 +29,18 @@ def cam_path(run: Run, stem: str, scale: float | None = None) -> Path:
     return (folder if scale is None else folder / f"scale-{scale:g}") / f"{stem}.png"
 
 
-@torch.inference_mode()
 def infer_cam(run: Run) -> None:
-    """Write the CAMs that are not there yet; single scales only of the images that are scored."""
+    stems = cam_stems(run)
+    speed = write_cams(run, stems)
+    stored = sum(path.stat().st_size for stem in stems if (path := cam_path(run, stem)).is_file())
+    run.finish("infer_cam", images=len(stems), megabytes=round(stored / 1e6, 1), images_per_second=round(speed, 1))
+
+
+@torch.inference_mode()
+def write_cams(run: Run, stems: Sequence[str]) -> float:
+    """Write the CAMs that are not there yet, single scales only of scored images; returns the images a second."""
     config = run.config.infer_cam
     scored = set(run.data.stems(run.config.data.score))
-    stems = cam_stems(run)
     single = config.scales if config.single_scales else ()
 
     def paths(stem: str) -> dict[float | None, Path]:
@@ -70,10 +77,7 @@ def infer_cam(run: Run) -> None:
             images += len(batch)
         for write in writes:
             write.result()
-    count, seconds = sum_over(images).item(), time.perf_counter() - start
-    stored = sum(path.stat().st_size for stem in stems if (path := cam_path(run, stem)).is_file())
-    results = {"images": len(stems), "megabytes": round(stored / 1e6, 1)}
-    run.finish("infer_cam", **results, images_per_second=round(count / seconds, 1))
+    return sum_over(images).item() / (time.perf_counter() - start)
 
 
 def cams_of_scales(run: Run, model: nn.Module, images: list[NDArray[np.uint8]]) -> list[tuple[Tensor, Tensor]]:

@@ -61,17 +61,28 @@ class Taps(nn.Module):
 
 
 def build_backbone(network: Network) -> Any:
-    """Build the backbone; given weights, its norms stay as they were trained, and so does resnet38's stem."""
+    """Build the backbone; given weights, its norms stay as they were trained."""
     backbone: Any
+    if network.backbone in ("resnet38", "small") and network.output_stride != 8:
+        raise ValueError(f"network.output_stride must be 8 for {network.backbone}, but is {network.output_stride}.")
     if network.backbone == "small":
         if network.weights:
             raise ValueError("network.weights must be null for the backbone small, which nobody published weights of.")
-        return Small()
-    if network.backbone == "resnet38":
+        backbone = Small()
+    elif network.backbone == "resnet38":
         backbone = pixelss.resnet38(network.weights)
-        backbone = backbone.freeze_stem() if network.weights else backbone
+        backbone = backbone.freeze_stem() if network.weights and network.frozen is None else backbone
     else:
         backbone = pixelss.timm_backbone(network.backbone, output_stride=network.output_stride, **_pretrained(network))
+    return _freeze(backbone, network)
+
+
+def _freeze(backbone: Any, network: Network) -> Any:
+    for name in network.frozen or ():
+        if name not in (names := dict(backbone.named_modules())):
+            known = ", ".join(known for known in names if known and known.count(".") < 2)
+            raise ValueError(f"network.frozen must name modules of {network.backbone} ({known}), but has {name!r}.")
+        names[name].requires_grad_(False)
     return pixelss.freeze_norm(backbone) if network.weights else backbone
 
 
@@ -106,7 +117,7 @@ def build_affinity(config: Config) -> nn.Sequential:
             **_pretrained(network),
         )
         channels: Any = net.feature_info
-        taps = Taps(pixelss.freeze_norm(body) if network.weights else body, tuple(channels.channels()))
+        taps = Taps(_freeze(body, network), tuple(channels.channels()))
     return nn.Sequential(taps, pixelss.AffinityHead(taps.out_channels, dims=dims, radius=config.affinity.radius))
 
 

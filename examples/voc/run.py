@@ -42,7 +42,7 @@ HERE = Path(__file__).parent
 STAGES: dict[str, tuple[Callable[[Run], None], tuple[str, ...], str]] = {
     "train_cam": (train_cam, (), "cam.schedule.batch or cam.augment.crop"),
     "infer_cam": (infer_cam, ("train_cam",), "infer_cam.max_batch"),
-    "score_cam": (score_cam, ("infer_cam",), "infer_cam.max_batch"),
+    "score_cam": (score_cam, ("train_cam",), "infer_cam.max_batch"),
     "train_affinity": (train_affinity, ("infer_cam",), "affinity.schedule.batch or affinity.augment.crop"),
     "make_labels": (make_labels, ("infer_cam", "train_affinity"), "the size of the images"),
     "train_seg": (train_seg, ("make_labels",), "seg.schedule.batch or seg.augment.crop"),

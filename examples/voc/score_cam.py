@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from crf_labels import label_maps, with_background
 from evaluate import by_class
-from infer_cam import cam_path
+from infer_cam import cam_path, write_cams
 from inference import shared_batches
 from numpy.typing import NDArray
-from parallel import rank
+from parallel import barrier, rank
 from PIL import Image
 from stages import Run
 from storage import load_cam, write_atomic
@@ -31,8 +31,12 @@ def score_cam(run: Run) -> None:
 
     The threshold is the best on those masks, as everywhere in the field. The CRF's background is that threshold as a
     constant, so that CAMs and CRF are compared at one setting, or the background score where crf_alpha is given.
+    Without infer_cam, the CAMs of the scored images alone are inferred: all that a table of CAMs needs.
     """
-    config = run.config.infer_cam
+    config, stems = run.config.infer_cam, run.data.stems(run.config.data.score)
+    if not run.finished("infer_cam"):
+        write_cams(run, stems)
+        barrier()
     scores = _sweep(run, None)
     threshold = scores["threshold"]
     plain, refined = (pixelss.ConfusionMatrix(run.data.num_classes + 1).to(run.device) for _ in range(2))
@@ -41,7 +45,6 @@ def score_cam(run: Run) -> None:
         cam = load_cam(cam_path(run, stem), run.data.num_classes)
         return run.data.image(stem), cam, run.data.mask(stem), run.data.tags(stem)
 
-    stems = run.data.stems(run.config.data.score)
     for ((_, (image, cams, mask, tags)),) in shared_batches(run, stems, read, desc="score_cam"):
         cam, labels, truth = cams[None].to(run.device), tags[None].to(run.device), _on_device(run, mask)
         plain.update(pixelss.class_region_mask(cam, labels, threshold=threshold), truth)

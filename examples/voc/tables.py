@@ -46,7 +46,7 @@ ROWS: dict[str, dict[str, object]] = {
     "weight sharing": {"cam.mam": 0, "cam.teacher_momentum": 0},
     **{f"RCM t={t}": {"cam.mam": 0, "cam.threshold": t} for t in THRESHOLDS},
 }
-CAM_STAGES = ["train_cam", "infer_cam", "score_cam"]
+CAM_STAGES = ["train_cam", "score_cam"]
 
 
 class Table(NamedTuple):

@@ -5,6 +5,7 @@ loss = cls * L_cls + rcm * L_rcm + mam * L_mam + direct * L_direct, each from it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from stages import Run
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from training import gate_step, train
+from training import gate_step, train, train_mode
 
 import pixelss
 from pixelss import viz
@@ -84,9 +85,12 @@ class Objective:
         H, W = images.shape[2:]
         pairs = images.new_full((), float((tags > 0).sum()) * H * W)
 
-        logits = [out[scale].logits for scale in config.cls_scales]
-        cls = torch.stack([binary_cross_entropy_with_logits(x, labels) for x in logits]).mean()
-        parts = {"cls": shared_mean(cls, images.new_full((), len(images)))}
+        def classify(of_scales: Mapping[float, pixelss.CAMOutput]) -> Tensor:
+            logits = [of_scales[scale].logits for scale in config.cls_scales]
+            value = torch.stack([binary_cross_entropy_with_logits(x, labels) for x in logits]).mean()
+            return shared_mean(value, images.new_full((), len(images)))
+
+        parts = {"cls": classify(out)}
         loss = config.cls * parts["cls"]
         if not (rcm or direct or mam or report):
             return loss, parts
@@ -113,6 +117,7 @@ class Objective:
             parts["mam"] = shared_mean(self.mal([cams[scale] for scale in self.mam_scales], targets, tags), pairs)
             loss = loss + config.mam * parts["mam"]
         if report:
+            parts["teacher_cls"] = classify(dict(zip(config.scales, teacher, strict=True)))
             parts |= collapse_signals(list(cams.values()), targets, tags)
         return loss, parts
 
@@ -173,5 +178,5 @@ def overlays(student: nn.Sequential, samples: Samples, *, count: int = 4) -> dic
         images = to_tensor(image, samples.config)[None].to(labels.device, memory_format=torch.channels_last)
         cam = pixelss.msinf_cam([student(images).cam], labels, size=(side, side)).amax(1)[0].cpu().numpy()
         pictures[f"cam/{stem}"] = viz.overlay_cam(image, cam)
-    student.train()
+    train_mode(student)
     return pictures

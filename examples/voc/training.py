@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,9 @@ from runfolder import flat
 from stages import Run
 from storage import append_line, load_checkpoint, remove_checkpoints, remove_unfinished, save_checkpoint, write_atomic
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 # (network under its wrapper, batch, steps done before, whether the values are wanted) -> loss, values to report
@@ -95,11 +98,12 @@ def train(
     wrapped: nn.Module = network
     if world_size() > 1:
         wrapped = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
-    network.train()
+    train_mode(network)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     health, healthy = torch.zeros((), dtype=torch.float64, device=device), done  # not finite once a loss was not
     bar = tqdm(total=steps, initial=done, desc=stage, unit="step", dynamic_ncols=True, disable=log is None)
-    with bar, deterministic(config):
+    saved: Future[Path] | None = None
+    with bar, deterministic(config), ThreadPoolExecutor(1) as writer:
         stream = samples.batches(schedule.batch, done, steps, pin=device.type == "cuda")
         for step, batch in enumerate(stream, done):
             last = step + 1 == steps
@@ -147,8 +151,12 @@ def train(
                 log.show(step + 1, pictures() if config.tensorboard else {})
                 state = {"step": step + 1, "settings": settings, "optimizer": optimizer.state_dict()}
                 state |= {"scaler": scaler.state_dict(), **{name: m.state_dict() for name, m in modules.items()}}
-                save_checkpoint(folder, step + 1, state)
-
+                if saved is not None:
+                    saved.result()  # or its error
+                copy = tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True), state)
+                saved = writer.submit(save_checkpoint, folder, step + 1, copy)  # while the next steps go on
+    if saved is not None:
+        saved.result()
     if rank() == 0:
         buffer = io.BytesIO()
         torch.save(network.state_dict(), buffer)
@@ -156,6 +164,14 @@ def train(
     run.finish(stage, steps=steps)
     if rank() == 0:
         remove_checkpoints(folder)
+
+
+def train_mode(network: nn.Module) -> None:
+    """Put all but frozen norms in training mode: these go back by themselves, but in a pass that is compiled for it."""
+    network.train()
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and not any(weight.requires_grad for weight in module.parameters()):
+            module.eval()
 
 
 def total_steps(schedule: Schedule, images: int) -> int:

@@ -1,0 +1,39 @@
+"""A CUDA device without a GPU: shapes, dtypes and devices are real, values are not, and nothing may wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+
+class PretendCUDA(FakeTensorMode):
+    """Within it "cuda" is a device whose tensors hold no values, while those of the CPU stay as they are.
+
+    Tensors of two devices in one operation raise, as on a GPU, and so does all that would wait for one: `.item()`,
+    `.cpu()`, a branch on a value, a shape that depends on values. Backward passes are out of its reach.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        leaves = tree_leaves((args, options))
+        on_device = any(isinstance(leaf, FakeTensor) for leaf in leaves)
+        target = options.get("device")
+        if on_device and isinstance(target, torch.device) and target.type == "cpu":
+            raise RuntimeError(f"{func} waits for the device: it copies to the CPU")
+        if on_device or (isinstance(target, torch.device) and target.type == "cuda"):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **options)
+
+
+def devices(tree: object) -> set[str]:
+    """Return the kinds of devices that the tensors of a nested structure lie on."""
+    return {leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
