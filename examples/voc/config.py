@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Scales = tuple[float, ...]
+# Settings that change speed, memory or reports, not results: they may differ when a run continues.
+FREE = {"device", "workers", "compile", "tensorboard", "max_batch", "checkpoint_every", "log_every", "on_bad_file"}
+
+
+def decisive(tree: Any, name: str = "") -> dict[str, Any]:
+    """Return the settings of nested dictionaries, under dotted names, that are not free to change."""
+    if not isinstance(tree, dict):
+        return {name: tree}
+    kept = {key: branch for key, branch in tree.items() if key not in FREE}
+    return {k: v for key, branch in kept.items() for k, v in decisive(branch, f"{name}.{key}".strip(".")).items()}
 
 
 @dataclass

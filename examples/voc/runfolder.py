@@ -17,16 +17,13 @@ import numpy as np
 import timm
 import torch
 import yaml
-from config import Config
+from config import Config, decisive
 from data import VOCFolder
 from parallel import barrier, rank, world_size
 from stages import Run
 from storage import write_atomic
 
 import pixelss
-
-# Settings that change speed, memory or reports, not results: they may differ when a run continues.
-FREE = {"device", "workers", "compile", "tensorboard", "max_batch", "checkpoint_every", "log_every", "on_bad_file"}
 
 
 class UserError(Exception):
@@ -38,10 +35,10 @@ def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run
     settings = json.loads(json.dumps(asdict(config), default=str))  # tuples as lists, paths as strings
     environment = _environment(root, device)
     if (out / "config.yaml").is_file():
-        before = flat(yaml.safe_load((out / "config.yaml").read_text()))
-        after = flat(settings) | {"--data": environment["data"]}
+        before = decisive(yaml.safe_load((out / "config.yaml").read_text()))
+        after = decisive(settings) | {"--data": environment["data"]}
         before["--data"] = json.loads((out / "environment.json").read_text())["data"]
-        names = [name for name in sorted(before.keys() | after.keys()) if name.rsplit(".", 1)[-1] not in FREE]
+        names = sorted(before.keys() | after.keys())
         if changed := [f"  {n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]:
             raise UserError(
                 f"{out} was made with other settings; name another --out, or remove it:\n" + "\n".join(changed)
@@ -52,13 +49,6 @@ def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run
         write_atomic(out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     barrier()
     return Run(config, VOCFolder(root, config.data.classes), out, device)
-
-
-def flat(tree: Any, name: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dictionaries under dotted names."""
-    if not isinstance(tree, dict):
-        return {name: tree}
-    return {k: v for key, branch in tree.items() for k, v in flat(branch, f"{name}.{key}".strip(".")).items()}
 
 
 def _environment(root: Path, device: torch.device) -> dict[str, Any]:

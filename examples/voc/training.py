@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from batches import Batch, Samples
-from config import Config, Gate, Optimizer, Schedule
+from config import Config, Gate, Optimizer, Schedule, decisive
 from inference import autocast
 from numpy.typing import NDArray
 from parallel import averaged, barrier, rank, sum_over, world_size
-from runfolder import flat
 from stages import Run
 from storage import append_line, load_checkpoint, remove_checkpoints, remove_unfinished, save_checkpoint, write_atomic
 from torch import Tensor, nn
@@ -36,8 +35,6 @@ Loss = Callable[[nn.Module, Batch, int, bool], tuple[Tensor, dict[str, Tensor]]]
 
 SECTIONS = {"train_cam": "cam", "train_affinity": "affinity", "train_seg": "seg"}
 LAYOUT = torch.channels_last  # what convolutions on CUDA are fastest with
-# A killed run may go on with other values of these: they change what it tells, or another stage, not what it learns.
-FREE = ("schedule.checkpoint_every", "schedule.log_every", "seg.crf", "seg.max_batch", "seg.test_scales", "seg.tile")
 
 
 def train(
@@ -227,10 +224,10 @@ def deterministic(config: Config) -> Iterator[None]:
 def fingerprint(run: Run, stage: str, samples: Samples) -> dict[str, str]:
     """Return every setting that decides what this stage learns, by its name in the config."""
     config, section = run.config, SECTIONS[stage]
-    parts: dict[str, Any] = {"seed": config.seed, "precision": config.precision, "data.classes": run.data.classes}
-    parts["data.train"] = hashlib.sha256(" ".join(samples.stems).encode()).hexdigest()[:16]
-    parts |= flat(asdict(config.network), "network") | flat(asdict(getattr(config, section)), section)
-    return {name: str(value) for name, value in parts.items() if not any(free in name for free in FREE)}
+    parts = {name: asdict(getattr(config, name)) for name in ("network", section)}
+    data = {"classes": run.data.classes, "train": hashlib.sha256(" ".join(samples.stems).encode()).hexdigest()[:16]}
+    settings = decisive({"seed": config.seed, "precision": config.precision, "data": data, **parts})
+    return {name: str(value) for name, value in settings.items()}
 
 
 def check_settings(folder: Path, saved: Mapping[str, str], current: Mapping[str, str]) -> None:
