@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ def dense_crf(
     lattice, D its response to ones. The numbers are those of the C++ code (Potts compatibility, symmetric
     normalisation). Half-precision probabilities are computed and returned in float32. The gradient reaches `probs`.
 
-    Consecutive equal images share one lattice: for several label sets of one image, pass `image.expand(S, -1, -1, -1)`.
+    Consecutive equal images share one lattice and are filtered together: for several label sets of one image, pass
+    `image.expand(S, -1, -1, -1)`.
 
     Args:
         images: RGB levels 0 to 255, of dtype uint8.
@@ -67,18 +69,19 @@ def dense_crf(
         span = f"{probs.min().item():.4g} to {probs.max().item():.4g}"
         raise ValueError(f"probs must lie in [0, 1], but ranges from {span}. Logits? Take their softmax(dim=1).")
 
-    log_p = probs.clamp(_CLIP, 1).log().flatten(2).mT.contiguous()
+    log_p = probs.clamp(_CLIP, 1).log().flatten(2).permute(2, 0, 1)
     position = torch.stack(torch.meshgrid(_pixels(W, probs), _pixels(H, probs), indexing="xy"), dim=-1).view(-1, 2)
     smoothness = [_kernel(position / gaussian[0], gaussian[1])] if gaussian else []
-    appearance: list[_Kernel] = []
+    first = [b for b in range(B) if b == 0 or (bilateral and not torch.equal(images[b], images[b - 1]))]
     results = []
-    for b in range(B):
-        if bilateral and (b == 0 or not torch.equal(images[b], images[b - 1])):
-            levels = images[b].flatten(1).mT.to(probs.dtype)
+    for start, stop in pairwise([*first, B]):
+        kernels = smoothness
+        if bilateral:
+            levels = images[start].flatten(1).mT.to(probs.dtype)
             features = torch.cat([position / bilateral[0], levels / bilateral[1]], dim=1)
-            appearance = [_kernel(features, bilateral[2])]
-        results.append(_mean_field(log_p[b], smoothness + appearance, iterations))
-    return torch.stack(results).mT.reshape(B, K, H, W) if results else probs
+            kernels = [*smoothness, _kernel(features, bilateral[2])]
+        results.append(_mean_field(log_p[:, start:stop], kernels, iterations))
+    return torch.cat(results, dim=1).permute(1, 2, 0).reshape(B, K, H, W) if results else probs
 
 
 class DenseCRF(nn.Module):
@@ -127,23 +130,26 @@ class DenseCRF(nn.Module):
 
 class _Kernel(NamedTuple):
     lattice: PermutohedralLattice
-    scale: Tensor  # (P, 1)
+    scale: Tensor  # (P, 1, 1)
     compat: float
 
 
 def _kernel(features: Tensor, compat: float) -> _Kernel:
     lattice = PermutohedralLattice(features)
-    return _Kernel(lattice, (lattice.filter(features.new_ones(len(features), 1)) + 1e-20).rsqrt(), compat)
+    response = lattice.filter(features.new_ones(len(features), 1))
+    return _Kernel(lattice, (response + 1e-20).rsqrt()[:, None], compat)
 
 
 def _mean_field(log_p: Tensor, kernels: list[_Kernel], iterations: int) -> Tensor:
-    """Return Q (P, K) after `iterations` steps."""
-    q = log_p.softmax(1)
+    """Return Q (P, S, K) of S label sets, which the filters take as one, after `iterations` steps."""
+    log_p = log_p.contiguous()
+    q = log_p.softmax(2)
     for _ in range(iterations):
         logits = log_p
         for lattice, scale, compat in kernels:
-            logits = logits.addcmul(scale, lattice.filter(scale * q), value=compat)
-        q = logits.softmax(1)
+            message = lattice.filter((scale * q).flatten(1)).view_as(q)
+            logits = logits.addcmul(scale, message, value=compat)
+        q = logits.softmax(2)
     return q
 
 

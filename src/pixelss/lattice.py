@@ -12,6 +12,8 @@ from torch.nn.functional import embedding_bag
 from pixelss._checks import check_tensor
 from pixelss._resize import promote
 
+_PART = 64  # points that are summed one after the other
+
 
 class PermutohedralLattice:
     """Gaussian filter of unit standard deviation in a feature space, in time linear in the points.
@@ -58,8 +60,8 @@ class PermutohedralLattice:
             ordered, order = keys.flatten().sort()
             cells, position, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
         M = len(cells)
-        total = ordered.new_full((1,), ordered.numel())
-        self.splat_offsets = torch.cat([counts.cumsum(0) - counts, total, total])  # one more bag, empty: row M is 0
+        counts = torch.cat([counts, counts.new_zeros(1)])  # one more cell, empty: row M is 0
+        self.part_offsets, self.splat_offsets = _parts(counts)
         self.splat_points, self.splat_weights = order % P, weights.flatten()[order]
         self.slice_cells = torch.empty_like(order).index_put_((order,), position).view(d + 1, P).mT.contiguous()
         self.slice_weights = weights.mT.contiguous() / (1 + 2.0**-d)
@@ -83,14 +85,12 @@ class _Filter(torch.autograd.Function):
         splat, blur, cut = (
             w.to(values.dtype) for w in (lattice.splat_weights, lattice.blur_weights, lattice.slice_weights)
         )
-        table = embedding_bag(
-            lattice.splat_points,
-            values.contiguous(),
-            lattice.splat_offsets,
-            mode="sum",
-            per_sample_weights=splat,
-            include_last_offset=True,
+        points, offsets = lattice.splat_points, lattice.splat_offsets
+        parts = embedding_bag(
+            points, values.contiguous(), offsets, mode="sum", per_sample_weights=splat, include_last_offset=True
         )
+        rows = torch.arange(len(parts), device=parts.device)
+        table = embedding_bag(rows, parts, lattice.part_offsets, mode="sum", include_last_offset=True)
         for cells in lattice.blur_cells.flip(0) if reverse else lattice.blur_cells:
             table = embedding_bag(cells, table, mode="sum", per_sample_weights=blur)
         return embedding_bag(lattice.slice_cells, table, mode="sum", per_sample_weights=cut)
@@ -143,6 +143,19 @@ def _pack_keys(corner: Tensor, rank: Tensor) -> tuple[Tensor, list[int]]:
     origin = ((corner - lowest[:, None]) * stride).sum(0)
     keys = [origin + r * sum(strides) - (d + 1) * (stride * (rank > d - r)).sum(0) for r in range(d + 1)]
     return torch.stack(keys), [(d + 1) * s - sum(strides) for s in [*strides, 0]]
+
+
+def _parts(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the offsets of the parts in every cell, and of the points in every part, each with its end.
+
+    Ten thousand points may fall into one cell of a smooth image, and a GPU has one thread for each sum.
+    """
+    parts = (counts + _PART - 1) // _PART
+    offsets = torch.cat([parts.new_zeros(1), parts.cumsum(0)])
+    cell = torch.repeat_interleave(parts)
+    before = torch.arange(len(cell), device=counts.device) - offsets[cell]
+    ends = counts.cumsum(0)
+    return offsets, torch.cat([(ends - counts)[cell] + _PART * before, ends[-1:]])
 
 
 def _neighbours(cells: Tensor, shift: int) -> Tensor:
