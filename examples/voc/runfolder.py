@@ -45,6 +45,8 @@ def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run
             )
     barrier()  # every process has compared before one writes
     if rank() == 0:
+        for path in out.glob(".*.tmp"):  # of a killed process; a stage clears its own folder
+            path.unlink(missing_ok=True)
         write_atomic(out / "environment.json", json.dumps(environment, indent=1) + "\n")
         write_atomic(out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     barrier()
