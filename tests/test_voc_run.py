@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -38,13 +41,17 @@ from runfolder import UserError, open_run  # noqa: E402
 from score_cam import score_cam  # noqa: E402
 from shapes import write_shapes  # noqa: E402
 from stages import Run  # noqa: E402
-from storage import load_cam, save_cam, save_mask  # noqa: E402
+from storage import load_cam, load_checkpoint, save_cam, save_mask  # noqa: E402
 
 import pixelss  # noqa: E402
 from pixelss.viz import voc_palette  # noqa: E402
 
 TINY = """
-cam: {schedule: {iterations: 2, batch: 2}, augment: {crop: 32}, rcm_gate: {iterations: 1}, mam_gate: {iterations: 1}}
+cam:
+  schedule: {iterations: 2, batch: 2, checkpoint_every: 1, log_every: 1}
+  augment: {crop: 32}
+  rcm_gate: {iterations: 1}
+  mam_gate: {iterations: 1}
 infer_cam: {scales: [0.5, 1.0], crf: {iterations: 1}}
 affinity: {radius: 2, crf: {iterations: 1}, schedule: {iterations: 2, batch: 2}, augment: {crop: 32}}
 make_labels: {log_steps: 1, crf: {iterations: 1}}
@@ -52,10 +59,11 @@ seg: {test_scales: [1.0], crf: {iterations: 1}, schedule: {iterations: 2, batch:
 """
 
 
-def command(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user does: a process of its own, which takes seconds to start."""
-    words = [sys.executable, str(VOC / script), *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True)
+def command(script: str, *arguments: object, fault: tuple[object, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does: a process of its own, which takes seconds to start; with a fault of faulty.py."""
+    before = [Path(__file__).with_name("faulty.py"), *fault] if fault else []
+    words = [sys.executable, *before, VOC / script, *arguments]
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True)
 
 
 Call = Callable[..., str]
@@ -133,6 +141,22 @@ def write_random_cams(made: Run, name: str) -> None:
         save_cam(cam_path(made, stem), cam, made.data.tags(stem))
 
 
+def copy_without(stage: str, out: Path, to: Path) -> Path:
+    """Copy a run folder but for one stage; returns where that stage's folder will be."""
+    shutil.copytree(out, to, ignore=lambda folder, _: [stage] if Path(folder) == out else [])
+    return to / stage
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file of a stage by its name, without figures of speed."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(p.relative_to(folder)): re.sub(rb'"images_per_s\w*": [\d.]+', b"", p.read_bytes()) for p in files}
+
+
+def unfinished(folder: Path) -> list[Path]:
+    return list(folder.rglob(".*.tmp"))
+
+
 def test_all_stages_give_every_result(finished: tuple[Path, str], shapes: Path) -> None:
     out, printed = finished
     table = printed.splitlines()
@@ -154,15 +178,17 @@ def test_all_stages_give_every_result(finished: tuple[Path, str], shapes: Path) 
         (out / "environment.json").read_text()
     ).keys()
     assert "| background |" in (out / "evaluate" / "table.md").read_text()
-    assert not list(out.rglob("*.tmp"))
+    assert not unfinished(out)
 
 
 def test_restart_skips_finished_stages(finished: tuple[Path, str], shapes: Path, tiny: Path, call: Call) -> None:
     out, printed = finished
     dates = {path: path.stat().st_mtime_ns for path in out.glob("*/*") if path.is_file()}
+    (out / ".stages.jsonl.1.tmp").touch()  # of a process that was killed
     again = call(main, "--data", shapes, "--out", out, "--config", VOC / "demo.yaml", "--config", tiny)
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/*") if path.is_file()} == dates
     assert again == printed
+    assert not unfinished(out)
 
 
 def test_changed_setting_is_refused_and_named(
@@ -183,6 +209,83 @@ def test_changed_setting_is_refused_and_named(
     assert open_run(settings, shapes, out, torch.device("cpu")).finished("evaluate")
     with pytest.raises(UserError, match="--data: "):
         open_run(settings, shapes.parent, out, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "whole", "kept"),
+    [
+        ("infer_cam", ".png", 2, 2),
+        ("train_affinity", ".png", 3, 2),  # an image's two label maps are made together
+        pytest.param("make_labels", ".png", 4, 4, marks=pytest.mark.slow),
+        pytest.param("infer_seg", ".png", 4, 4, marks=pytest.mark.slow),  # 3 of val, 1 of 3 of test
+        pytest.param("infer_cam", "stages.jsonl", 0, 7, marks=pytest.mark.slow),  # 6 CAMs and done.json
+    ],
+)
+def test_killed_process_continues_at_the_first_missing_file(
+    finished: tuple[Path, str],
+    shapes: Path,
+    tiny: Path,
+    tmp_path: Path,
+    call: Call,
+    stage: str,
+    name: str,
+    whole: int,
+    kept: int,
+) -> None:
+    out, _ = finished
+    folder, wanted = copy_without(stage, out, tmp_path / "run"), contents(out / stage)
+    base = ("--data", shapes, "--out", folder.parent, "--config", VOC / "demo.yaml", "--config", tiny)
+    ended = command("run.py", *base, "--stages", stage, fault=("killed", name, whole))
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    there = {name: content for name, content in contents(folder).items() if not name.endswith(".tmp")}
+    assert there.items() <= wanted.items()
+    assert len(unfinished(folder.parent)) == 1
+    dates = {name: (folder / name).stat().st_mtime_ns for name in there}
+    call(main, *base, "--stages", stage)
+    assert contents(folder) == wanted
+    assert [(folder / name).stat().st_mtime_ns == dates[name] for name in there].count(True) == kept
+    assert not unfinished(folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "whole", "steps"),
+    [
+        ("train_cam", "step-0000002", 0, 1),
+        pytest.param("train_cam", "model.pt", 0, 2, marks=pytest.mark.slow),
+        pytest.param("train_cam", "metrics.jsonl", 0, 0, marks=pytest.mark.slow),  # half a line is left
+        pytest.param("infer_cam", ".png", 2, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_full_disk_is_told_naming_the_file_and_the_command_continues(
+    finished: tuple[Path, str],
+    shapes: Path,
+    tiny: Path,
+    tmp_path: Path,
+    call: Call,
+    stage: str,
+    name: str,
+    whole: int,
+    steps: int,
+) -> None:
+    out, _ = finished
+    folder, wanted = copy_without(stage, out, tmp_path / "run"), contents(out / stage)
+    others = {path.name: contents(path) for path in folder.parent.iterdir() if path.is_dir()}
+    base = ("--data", shapes, "--out", folder.parent, "--config", VOC / "demo.yaml", "--config", tiny)
+    ended = command("run.py", *base, "--stages", stage, fault=("full", name, whole))
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    (told,) = re.findall(r"could not write (.+) \(File too large\)", ended.stderr)
+    assert Path(told).parent == folder
+    assert name in Path(told).name
+    assert not unfinished(folder.parent)
+    images = {name: content for name, content in contents(folder).items() if name.endswith(".png")}
+    assert images.items() <= wanted.items()
+    assert (load_checkpoint(folder) or {"step": 0})["step"] == steps
+    logged = [log.read_text().splitlines()[:steps] for log in folder.glob("metrics.jsonl")]
+    call(main, *base, "--stages", stage)
+    # A step that was repeated would have another speed.
+    assert [log.read_text().splitlines()[:steps] for log in folder.glob("metrics.jsonl")] == logged
+    assert {path.name: contents(path) for path in folder.parent.iterdir() if path.is_dir()} == others | {stage: wanted}
 
 
 def test_dry_run_names_everything_missing(tmp_path: Path, shapes: Path, call: Call) -> None:
