@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from config import CRF
 from infer_cam import cam_path
-from inference import shared_batches
+from inference import shared_batches, writing
 from numpy.typing import NDArray
 from parallel import barrier
 from stages import Run
@@ -31,18 +31,20 @@ def write_crf_labels(run: Run) -> None:
         return [run.folder("train_affinity") / "labels" / name / f"{stem}.png" for name in ("low", "high")]
 
     def read(stem: str) -> tuple[Array, Tensor, Tensor]:
-        return run.data.image(stem), load_cam(cam_path(run, stem), run.data.num_classes), run.data.tags(stem)
+        cam, tags = load_cam(cam_path(run, stem), run.data.num_classes)[None], run.data.tags(stem)
+        alphas = config.alpha_low, config.alpha_high
+        both = [with_background(cam, tags, pixelss.background_score(cam, alpha=alpha)) for alpha in alphas]
+        return run.data.image(stem), torch.cat(both), tags
 
     def done(stem: str) -> bool:
         return all(path.is_file() for path in paths(stem))
 
     stems = run.data.stems(run.config.data.train)
-    for ((stem, (image, cam, tags)),) in shared_batches(run, stems, read, desc="crf_labels", done=done):
-        cam = cam[None].to(run.device)
-        alphas = config.alpha_low, config.alpha_high
-        both = torch.cat([with_background(cam, tags, pixelss.background_score(cam, alpha=alpha)) for alpha in alphas])
-        for path, labels in zip(paths(stem), label_maps(image, both, tags, config.crf), strict=True):
-            save_mask(path, labels)
+    with writing(run) as write:
+        for ((stem, (image, both, tags)),) in shared_batches(run, stems, read, desc="crf_labels", done=done):
+            maps = label_maps(image, both.to(run.device), tags, config.crf)
+            for path, labels in zip(paths(stem), maps, strict=True):
+                write(save_mask, path, labels)
     barrier()
 
 

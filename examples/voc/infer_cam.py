@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from data import BadFileError
-from inference import autocast, cam_stems, shared_batches, to_input
+from inference import autocast, cam_stems, shared_batches, to_input, writing
 from networks import load_trained
 from numpy.typing import NDArray
 from parallel import sum_over
@@ -56,8 +55,7 @@ def write_cams(run: Run, stems: Sequence[str]) -> float:
         return all(_whole(run, path) for path in paths(stem).values())
 
     images, start = torch.zeros(1, device=run.device), time.perf_counter()
-    writes: list[Future[None]] = []
-    with ThreadPoolExecutor(max(1, run.config.workers)) as pool:
+    with writing(run) as write:
         for batch in shared_batches(run, stems, read, desc="infer_cam", done=done, max_batch=config.max_batch):
             outputs = cams_of_scales(run, model, [image for _, (image, _) in batch])
             labels = torch.stack([tags for _, (_, tags) in batch]).to(run.device)
@@ -67,16 +65,10 @@ def write_cams(run: Run, stems: Sequence[str]) -> float:
                 for scale, pair in zip(config.scales, outputs, strict=True)
                 if single
             }
-            for write in writes:  # of the batch before, done while the network worked on this one
-                write.result()
-            writes = [
-                pool.submit(save_cam, path, cams[scale][i], tags)
-                for i, (stem, (_, tags)) in enumerate(batch)
-                for scale, path in paths(stem).items()
-            ]
+            for i, (stem, (_, tags)) in enumerate(batch):
+                for scale, path in paths(stem).items():
+                    write(save_cam, path, cams[scale][i], tags)
             images += len(batch)
-        for write in writes:
-            write.result()
     return sum_over(images).item() / (time.perf_counter() - start)
 
 

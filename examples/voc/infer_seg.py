@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-from inference import autocast, shared_batches, to_input
+from inference import autocast, shared_batches, to_input, writing
 from networks import load_trained
 from stages import Run
 from storage import save_mask
@@ -31,13 +31,15 @@ def _segment(run: Run, network: nn.Module, split: str, stems: list[str]) -> int:
         return (folder / f"{stem}.png").is_file()
 
     size = config.max_batch
-    for batch in shared_batches(run, stems, run.data.image, desc=f"infer_seg {split}", done=done, max_batch=size):
-        levels, x = to_input(run, [image for _, image in batch])
-        with autocast(run):
-            logits = pixelss.multi_scale_inference(network, x, scales=config.test_scales, tile=config.tile)
-        probs = logits.softmax(1)
-        if config.crf:
-            probs = pixelss.dense_crf(levels, probs, **asdict(config.crf))
-        for (stem, _), labels in zip(batch, probs.argmax(1).to(torch.uint8).cpu().numpy(), strict=True):
-            save_mask(folder / f"{stem}.png", np.ascontiguousarray(labels))
+    batches = shared_batches(run, stems, run.data.image, desc=f"infer_seg {split}", done=done, max_batch=size)
+    with writing(run) as write:
+        for batch in batches:
+            levels, x = to_input(run, [image for _, image in batch])
+            with autocast(run):
+                logits = pixelss.multi_scale_inference(network, x, scales=config.test_scales, tile=config.tile)
+            probs = logits.softmax(1)
+            if config.crf:
+                probs = pixelss.dense_crf(levels, probs, **asdict(config.crf))
+            for (stem, _), labels in zip(batch, probs.argmax(1).to(torch.uint8).cpu().numpy(), strict=True):
+                write(save_mask, folder / f"{stem}.png", np.ascontiguousarray(labels))
     return len(stems)

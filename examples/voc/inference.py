@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import TypeVar
 
@@ -74,6 +74,26 @@ def _size(run: Run, stem: str) -> tuple[int, int]:
         return run.data.size(stem)
     except BadFileError:
         return 0, 0  # reading the image will say what is wrong
+
+
+@contextmanager
+def writing(run: Run) -> Iterator[Callable[..., None]]:
+    """Yield a function that calls another one, which writes a file, beside the network's work.
+
+    All have returned when the context ends. An error of one is raised there, or by a later call.
+    """
+    threads = max(1, run.config.workers)
+    waiting: deque[Future[object]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+
+        def call(function: Callable[..., object], *args: object) -> None:
+            while len(waiting) >= 4 * threads:  # what waits to be written takes memory
+                waiting.popleft().result()
+            waiting.append(pool.submit(function, *args))
+
+        yield call
+        for future in waiting:
+            future.result()
 
 
 def to_input(run: Run, images: Sequence[NDArray[np.uint8]]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from crf_labels import label_maps, with_background
 from evaluate import score_masks
 from infer_cam import cam_path
-from inference import autocast, cam_stems, shared_batches, to_input
+from inference import autocast, cam_stems, shared_batches, to_input, writing
 from networks import load_trained
 from numpy.typing import NDArray
 from parallel import barrier
@@ -29,21 +29,23 @@ def make_labels(run: Run) -> None:
     folder = run.folder("make_labels")
 
     def read(stem: str) -> tuple[Array, Tensor, Tensor]:
-        return run.data.image(stem), load_cam(cam_path(run, stem), run.data.num_classes), run.data.tags(stem)
+        cam, tags = load_cam(cam_path(run, stem), run.data.num_classes)[None], run.data.tags(stem)
+        scores = with_background(cam, tags, pixelss.background_score(cam, alpha=config.alpha))
+        return run.data.image(stem), scores, tags
 
     def done(stem: str) -> bool:
         return (folder / f"{stem}.png").is_file()
 
-    for ((stem, (image, cam, tags)),) in shared_batches(run, cam_stems(run), read, desc="make_labels", done=done):
-        cam = cam[None].to(run.device)
-        scores = with_background(cam, tags, pixelss.background_score(cam, alpha=config.alpha))
-        with autocast(run):
-            affinity = network(to_input(run, [image])[1])
-        cells = adaptive_avg_pool2d(scores, affinity.shape[-2:])
-        walked = pixelss.random_walk(cells, affinity, beta=config.beta, log_steps=config.log_steps, radius=radius)
-        walked = interpolate(walked, image.shape[:2], mode="bilinear")
-        (labels,) = label_maps(image, walked, tags, config.crf)
-        save_mask(folder / f"{stem}.png", labels)
+    batches = shared_batches(run, cam_stems(run), read, desc="make_labels", done=done)
+    with writing(run) as write:
+        for ((stem, (image, scores, tags)),) in batches:
+            with autocast(run):
+                affinity = network(to_input(run, [image])[1])
+            cells = adaptive_avg_pool2d(scores.to(run.device), affinity.shape[-2:])
+            walked = pixelss.random_walk(cells, affinity, beta=config.beta, log_steps=config.log_steps, radius=radius)
+            walked = interpolate(walked, image.shape[:2], mode="bilinear")
+            (labels,) = label_maps(image, walked, tags, config.crf)
+            write(save_mask, folder / f"{stem}.png", labels)
     barrier()
     name = run.config.data.score
     result, count = score_masks(run, folder, run.data.stems(name), "score_labels")

@@ -109,7 +109,7 @@ def save_cam(path: Path, cam: Tensor, labels: Tensor) -> None:
     note.add_text("size", f"{H} {W}")
     buffer = io.BytesIO()
     # PNG knows no empty picture: an image without a tag gets one black row, which no class claims.
-    Image.fromarray(pixels if classes else np.zeros((1, W), np.uint8)).save(buffer, "PNG", pnginfo=note, optimize=True)
+    Image.fromarray(pixels if classes else np.zeros((1, W), np.uint8)).save(buffer, "PNG", pnginfo=note)
     write_atomic(path, buffer.getvalue())
 
 
