@@ -28,7 +28,11 @@ class Unavailable(Exception):  # noqa: N818
 
 
 def measure(make: Callable[[str], Step], device: str, repeats: int) -> dict[str, Any]:
-    """Return the median seconds of a step and the peak MiB of the first one above the inputs."""
+    """Return the median seconds of a step and the peak MiB of one above the inputs.
+
+    On CUDA the peak is that of the second step, for the first one takes the libraries' workspaces, and steps go on for
+    a second at least.
+    """
     torch.manual_seed(0)
     try:
         step = make(device)
@@ -36,6 +40,7 @@ def measure(make: Callable[[str], Step], device: str, repeats: int) -> dict[str,
         return {"unavailable": str(reason)}
     cuda = device.startswith("cuda")
     if cuda:
+        step()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -43,7 +48,7 @@ def measure(make: Callable[[str], Step], device: str, repeats: int) -> dict[str,
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: making the inputs may have been it
         before = _resident("VmRSS")
     seconds: list[float] = []
-    while len(seconds) < repeats + 1 and (len(seconds) < 1 or sum(seconds) < _BUDGET):
+    while not seconds or ((len(seconds) <= repeats or (cuda and sum(seconds) < 1)) and sum(seconds) < _BUDGET):
         start = time.perf_counter()
         step()
         if cuda:
@@ -99,5 +104,5 @@ def _line(way: str, row: dict[str, Any], first: dict[str, Any]) -> str:
     if "unavailable" in first:
         return line
     faster = f"{first['seconds'] / row['seconds']:.2f}x"
-    leaner = f"{first['peak_mib'] / row['peak_mib']:.1f}x" if row["peak_mib"] >= 1 else "-"
+    leaner = f"{first['peak_mib'] / row['peak_mib']:.1f}x" if min(row["peak_mib"], first["peak_mib"]) >= 1 else "-"
     return f"{line}{faster:>9}{leaner:>9}"

@@ -67,9 +67,15 @@ def c_crf(K: int, count: int, device: str) -> Step:
     return step
 
 
-def torch_crf(K: int, count: int, threads: int | None, device: str) -> Step:
-    if threads:
-        torch.set_num_threads(threads)
+def use_one_core(device: str) -> None:
+    if device != "cpu":
+        raise Unavailable("for a CPU")
+    torch.set_num_threads(1)
+
+
+def torch_crf(K: int, count: int, one_core: bool, device: str) -> Step:
+    if one_core:
+        use_one_core(device)
     pixels, probs = images(count).to(device), probabilities(count, K).to(device)
     return lambda: pixelss.dense_crf(pixels, probs, iterations=ITERATIONS)
 
@@ -98,9 +104,9 @@ def dense_walk(h: int, w: int, device: str) -> Step:
     return step
 
 
-def sparse_walk(h: int, w: int, threads: int | None, device: str) -> Step:
-    if threads:
-        torch.set_num_threads(threads)
+def sparse_walk(h: int, w: int, one_core: bool, device: str) -> Step:
+    if one_core:
+        use_one_core(device)
     scores, affinity = walk_inputs(h, w, device)
     return lambda: pixelss.random_walk(scores, affinity)
 
@@ -119,20 +125,20 @@ GROUPS: Groups = {
     **{
         f"dense CRF, {IMAGES} images of {H} x {W}, {K} classes, {ITERATIONS} iterations": {
             "pydensecrf2": partial(c_crf, K, IMAGES),
-            "pixelss, 1 core": partial(torch_crf, K, IMAGES, 1),
-            "pixelss": partial(torch_crf, K, IMAGES, None),
+            "pixelss, 1 core": partial(torch_crf, K, IMAGES, True),
+            "pixelss": partial(torch_crf, K, IMAGES, False),
         }
         for K in (2, 5, 21)
     },
     f"dense CRF, 16 images of {H} x {W}, 21 classes": {
         "pydensecrf2": partial(c_crf, 21, 16),
-        "pixelss": partial(torch_crf, 21, 16, None),
+        "pixelss": partial(torch_crf, 21, 16, False),
     },
     **{
         f"random walk, {h} x {w} cells, 21 classes, radius 5, 256 steps": {
             "dense matrix": partial(dense_walk, h, w),
-            "pixelss, 1 core": partial(sparse_walk, h, w, 1),
-            "pixelss": partial(sparse_walk, h, w, None),
+            "pixelss, 1 core": partial(sparse_walk, h, w, True),
+            "pixelss": partial(sparse_walk, h, w, False),
         }
         for h, w in ((47, 63), (94, 125))
     },

@@ -5,8 +5,9 @@
     python benchmarks/voc_step.py --device cuda --data VOC2012 --list train --workers 16         # photographs
 
 A step is one of examples/voc/training.py itself: student forward and backward, teacher forward, all losses, SGD, EMA.
-Its arithmetic is that of the networks alone, and MFU the share of --peak that it reaches. Every row has a process of
-its own. Without --data the images are blurred noise of VOC's usual size.
+The network is frozen where the paper's is, its norms and ResNet38's stem; its arithmetic is that of the networks alone,
+and MFU the share of --peak that it reaches. Every row has a process of its own. Without --data the images are blurred
+noise of VOC's sizes. On CUDA torch's float32 convolutions are TF32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import json
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,12 +37,12 @@ import training
 from batches import Batch, Samples
 from config import Config, Data, Gate, InferCAM, Network, Schedule
 from data import VOCFolder
-from infer_cam import infer_cam
+from infer_cam import write_cams
 from networks import build_cam
 from stages import Run
 from train_cam import Objective
 
-WARMUP = 3  # steps or batches before the clock starts: memory, compilation, the workers' start
+WARMUP = 3  # steps before the clock starts: memory, compilation
 # row -> precision, whether compiled, memory layout
 WAYS = {
     "fp32 NCHW eager": ("float32", False, torch.contiguous_format),
@@ -53,33 +53,44 @@ ROWS = [*(f"step, {way}" for way in WAYS), "loader", "infer_cam, float32", "infe
 
 
 class Repeated(Samples):
-    """A stream of one batch of noise; `times` holds when each was asked for, with the device idle."""
+    """A stream of one batch of noise; `times` holds when the warm-up and the step before the last had ended."""
 
     def batches(self, batch: int, start: int, stop: int, *, pin: bool) -> Iterator[Batch]:
-        """Yield the same noise for every step."""
+        """Yield the same noise for every step; nothing waits for the device in between."""
         crop, self.times = self.augment.crop, list[float]()
         tags = torch.zeros(batch, self.data.num_classes)
         tags[:, :2] = 1  # VOC shows 1.5 classes an image
-        noise = Batch(torch.randn(batch, 3, crop, crop), tags, torch.zeros(batch, 0, crop, crop, dtype=torch.uint8))
-        for _ in range(start, stop):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.times.append(time.perf_counter())
+        images, maps = torch.randn(batch, 3, crop, crop), torch.zeros(batch, 0, crop, crop, dtype=torch.uint8)
+        noise = Batch(images.pin_memory() if pin else images, tags, maps)
+        for step in range(start, stop):
+            if step in (start + WARMUP, stop - 1):
+                if pin:
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                self.times.append(time.perf_counter())
             yield noise
 
 
+def build(run: Run) -> Any:
+    """Build the CAM network, frozen as with weights."""
+    network: Any = build_cam(run.config, run.data.num_classes)
+    if run.config.network.backbone == "resnet38":
+        network[0].freeze_stem()
+    return pixelss.freeze_norm(network)
+
+
 def measure_step(run: Run, way: str, steps: int) -> dict[str, float]:
-    """Return the median seconds of a training step with all losses, the peak memory and the step's arithmetic."""
+    """Return the mean seconds of a training step with all losses, the peak memory and the step's arithmetic."""
     config = run.config
     config.precision, config.compile, training.LAYOUT = WAYS[way]  # type: ignore[assignment]
     config.cam.rcm_gate = config.cam.mam_gate = Gate(iterations=0)
-    config.cam.schedule.iterations = WARMUP + steps + 1
-    student = build_cam(config, run.data.num_classes).to(run.device)
+    config.cam.schedule.iterations = WARMUP + steps + 1  # the last one also writes a checkpoint
+    student = build(run).to(run.device)
     bank = pixelss.PrototypeBank(run.data.num_classes, config.network.dim).to(run.device)
     samples = Repeated(run.data, run.data.stems(config.data.train), config, config.cam.augment)
     objective = Objective(config.cam, student, bank, len(samples))
     training.train(run, "train_cam", student, samples, objective, after_step=lambda: objective.teacher.update(student))
-    seconds = statistics.median(np.diff(samples.times)[WARMUP:].tolist())
+    seconds = (samples.times[1] - samples.times[0]) / steps
     return {"seconds": seconds, "images": config.cam.schedule.batch, "tflop": step_tflop(run), "peak_mib": peak(run)}
 
 
@@ -87,7 +98,7 @@ def step_tflop(run: Run) -> float:
     """Count the networks' arithmetic of one step, without doing it."""
     config = run.config.cam
     with torch.device("meta"):
-        student = build_cam(run.config, run.data.num_classes)
+        student = build(run)
         sides = [round(config.augment.crop * scale) for scale in config.scales]
         inputs = [torch.zeros(config.schedule.batch, 3, side, side) for side in sides]
         with FlopCounterMode(display=False) as counter:
@@ -99,11 +110,12 @@ def step_tflop(run: Run) -> float:
 
 
 def measure_loader(run: Run, steps: int) -> dict[str, float]:
-    """Return the mean seconds of a batch that nothing else waits for."""
-    config = run.config
+    """Return the mean seconds of a batch that nothing else waits for, after what the workers made beforehand."""
+    config, workers = run.config, max(1, run.config.workers)
+    ahead, steps = 3 * workers, max(steps, 10 * workers)
     samples = Samples(run.data, run.data.stems(config.data.train), config, config.cam.augment)
-    batches = samples.batches(config.cam.schedule.batch, 0, WARMUP + steps, pin=run.device.type == "cuda")
-    for _ in range(WARMUP):
+    batches = samples.batches(config.cam.schedule.batch, 0, ahead + steps, pin=run.device.type == "cuda")
+    for _ in range(ahead):
         next(batches)
     start = time.perf_counter()
     count = sum(len(batch.images) for batch in batches)
@@ -111,14 +123,12 @@ def measure_loader(run: Run, steps: int) -> dict[str, float]:
 
 
 def measure_inference(run: Run, precision: Any) -> dict[str, float]:
-    """Return the seconds of the whole stage infer_cam, files included."""
+    """Return the seconds of the stage infer_cam from the loaded network to the last file."""
     run.config.precision = precision
     run.folder("train_cam").mkdir(parents=True)
     torch.save(build_cam(run.config, run.data.num_classes).state_dict(), run.folder("train_cam") / "model.pt")
-    start = time.perf_counter()
-    infer_cam(run)
-    images = len(run.data.stems(run.config.data.train))
-    return {"seconds": time.perf_counter() - start, "images": images, "peak_mib": peak(run)}
+    stems = run.data.stems(run.config.data.train)
+    return {"seconds": len(stems) / write_cams(run, stems), "images": len(stems), "peak_mib": peak(run)}
 
 
 def peak(run: Run) -> float:
@@ -129,8 +139,8 @@ def peak(run: Run) -> float:
     )
 
 
-def write_noise(root: Path, images: int, classes: int = 20, size: tuple[int, int] = (500, 375)) -> Path:
-    """Write images of VOC's usual size, blurred so that their files are as large as photographs', and their tags."""
+def write_noise(root: Path, images: int, classes: int = 20) -> Path:
+    """Write images of VOC's sizes, blurred so that their files are as large as photographs', and their tags."""
     rng = np.random.default_rng(0)
     for name in ("JPEGImages", "Annotations", "ImageSets/Segmentation"):
         (root / name).mkdir(parents=True)
@@ -138,6 +148,8 @@ def write_noise(root: Path, images: int, classes: int = 20, size: tuple[int, int
     stems = [f"noise_{i:04d}" for i in range(images)]
     (root / "ImageSets/Segmentation/train.txt").write_text("".join(f"{stem}\n" for stem in stems))
     for i, stem in enumerate(stems):
+        # Half are 500 x 375, a third of two other common sizes; every tenth has one that no other has.
+        size = [(500, 375), (375, 500), (500, 375), (500, 333), (500, 375)][i % 5] if i % 10 else (500, 280 + i % 97)
         small = Image.fromarray(rng.integers(0, 256, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8))
         small.resize(size, Image.Resampling.BICUBIC).save(root / f"JPEGImages/{stem}.jpg", quality=92)
         tag = f"<annotation><object><name>class{i % classes}</name></object></annotation>"

@@ -25,7 +25,8 @@ def process_group(device: str) -> Iterator[torch.device]:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if many:
-        distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        cuda = place.type == "cuda"
+        distributed.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT, device_id=place if cuda else None)
     yield place
     if many:  # not after an error: it may wait for the other processes, which wait for this one
         distributed.destroy_process_group()

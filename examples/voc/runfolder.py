@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -32,6 +33,8 @@ class UserError(Exception):
 
 def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run:
     """Make or reopen a run folder; one that was made with other settings is refused, naming them."""
+    if config.deterministic:  # before the first product on CUDA, and in stages that continue as in those before
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     settings = json.loads(json.dumps(asdict(config), default=str))  # tuples as lists, paths as strings
     environment = _environment(root, device)
     if (out / "config.yaml").is_file():

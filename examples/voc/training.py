@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ from parallel import averaged, barrier, rank, sum_over, world_size
 from stages import Run
 from storage import append_line, load_checkpoint, remove_checkpoints, remove_unfinished, save_checkpoint, write_atomic
 from torch import Tensor, nn
+from torch import _dynamo as dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
@@ -90,11 +90,14 @@ def train(
 
     if config.compile:
         torch.compiler.reset()  # all networks share one limit of graphs; past it the last stage would run uncompiled
+        dynamo.config.optimize_ddp = False  # it splits graphs to send gradients early, which sums over scales prevent
         for module in modules.values():
             module.compile(dynamic=False)  # in place: the names of the tensors stay; one graph a scale
     wrapped: nn.Module = network
     if world_size() > 1:
-        wrapped = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():  # newer torch has another name, which older does not know
+            warnings.filterwarnings("ignore", "`?broadcast_buffers", FutureWarning)
+            wrapped = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
     train_mode(network)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     health, healthy = torch.zeros((), dtype=torch.float64, device=device), done  # not finite once a loss was not
@@ -209,8 +212,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 @contextmanager
 def deterministic(config: Config) -> Iterator[None]:
     """Let torch choose deterministic algorithms or, unless they are asked for, the fastest convolutions."""
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
