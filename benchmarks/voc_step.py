@@ -66,7 +66,8 @@ class Repeated(Samples):
             if step in (start + WARMUP, stop - 1):
                 if pin:
                     torch.cuda.synchronize()
-                    torch.cuda.reset_peak_memory_stats()
+                    if not self.times:
+                        torch.cuda.reset_peak_memory_stats()
                 self.times.append(time.perf_counter())
             yield noise
 
@@ -148,7 +149,7 @@ def write_noise(root: Path, images: int, classes: int = 20) -> Path:
     stems = [f"noise_{i:04d}" for i in range(images)]
     (root / "ImageSets/Segmentation/train.txt").write_text("".join(f"{stem}\n" for stem in stems))
     for i, stem in enumerate(stems):
-        # Half are 500 x 375, a third of two other common sizes; every tenth has one that no other has.
+        # Of ten, five are 500 x 375, four of two other common sizes, one of a size that hardly another has.
         size = [(500, 375), (375, 500), (500, 375), (500, 333), (500, 375)][i % 5] if i % 10 else (500, 280 + i % 97)
         small = Image.fromarray(rng.integers(0, 256, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8))
         small.resize(size, Image.Resampling.BICUBIC).save(root / f"JPEGImages/{stem}.jpg", quality=92)

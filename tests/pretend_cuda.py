@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 class PretendCUDA(FakeTensorMode):
     """Within it "cuda" is a device whose tensors hold no values, while those of the CPU stay as they are.
 
-    Tensors of two devices in one operation raise, as on a GPU, and so does all that would wait for one: `.item()`,
-    `.cpu()`, a branch on a value, a shape that depends on values. Backward passes are out of its reach.
+    Tensors of two devices in one operation raise, as on a GPU, and so does what asks for a value: `.item()`, `.cpu()`,
+    a branch on a value, a shape that depends on values. Copies to the device are not seen, though blocking ones wait
+    too, and backward passes are out of its reach.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,8 @@ class PretendCUDA(FakeTensorMode):
         on_device = any(isinstance(leaf, FakeTensor) for leaf in leaves)
         target = options.get("device")
         if on_device and isinstance(target, torch.device) and target.type == "cpu":
+            raise RuntimeError(f"{func} waits for the device: it copies to the CPU")
+        if func is torch.ops.aten.copy_.default and isinstance(args[1], FakeTensor) and args[0].device.type == "cpu":
             raise RuntimeError(f"{func} waits for the device: it copies to the CPU")
         if on_device or (isinstance(target, torch.device) and target.type == "cuda"):
             return super().__torch_dispatch__(func, types, args, kwargs)

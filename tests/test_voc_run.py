@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -33,7 +34,8 @@ from crf_labels import label_maps, with_background, write_crf_labels  # noqa: E4
 from data import BadFileError, VOCFolder  # noqa: E402
 from distributed import run_processes  # noqa: E402
 from export_test import export_test  # noqa: E402
-from infer_cam import cam_path, infer_cam  # noqa: E402
+from infer_cam import cam_path, infer_cam, write_cams  # noqa: E402
+from inference import writing  # noqa: E402
 from networks import build_cam  # noqa: E402
 from plan import cost  # noqa: E402
 from run import STAGES, execute, guarded, load_config, main  # noqa: E402
@@ -391,6 +393,37 @@ def test_score_cam_infers_the_scored_images_where_infer_cam_has_not_run(shapes: 
     assert stems == [set(made.data.stems("val")), {*made.data.stems("val"), *made.data.stems("train")}]
     score_cam(made)
     assert (made.out / "score_cam/scores.json").read_text() == score
+
+
+def test_score_cam_scores_the_network_that_is_there(shapes: Path, tmp_path: Path) -> None:
+    made = new_run(shapes, tmp_path / "run")
+    score_cam(made)
+    first = (made.out / "score_cam/scores.json").read_text()
+    torch.manual_seed(1)
+    torch.save(build_cam(made.config, made.data.num_classes).state_dict(), made.folder("train_cam") / "model.pt")
+    score_cam(made)
+    assert (made.out / "score_cam/scores.json").read_text() != first
+
+
+def test_a_name_that_is_listed_twice_is_written_by_two_threads(shapes: Path, tmp_path: Path) -> None:
+    made = new_run(shapes, tmp_path / "run", settings=config(workers=4))
+    stems = made.data.stems("val")[:4]
+    write_cams(made, [stem for stem in stems for _ in range(4)])
+    assert {path.name for path in made.folder("infer_cam").iterdir()} == {f"{stem}.png" for stem in stems}
+
+
+@pytest.mark.parametrize("calls", [1, 9])  # told at the end, or by a later call
+def test_a_file_that_cannot_be_written_beside_the_network_is_told(calls: int, shapes: Path, tmp_path: Path) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    def write_all() -> None:
+        with writing(new_run(shapes, tmp_path, weights=False)) as write:
+            for _ in range(calls):
+                write(full)
+
+    with pytest.raises(OSError, match="full"):
+        write_all()
 
 
 def test_cam_of_infer_cam_is_the_library_s(shapes: Path, tmp_path: Path) -> None:

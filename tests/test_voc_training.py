@@ -263,7 +263,8 @@ def test_a_checkpoint_written_late_holds_the_state_of_its_own_step(root, whole, 
     run, write = open_run(root, tmp_path), training.save_checkpoint
 
     def late(folder, step, state):
-        while step == 2 and len(metrics(run)) < 4:
+        deadline = time.monotonic() + 60
+        while step == 2 and len(metrics(run)) < 4 and time.monotonic() < deadline:
             time.sleep(0.01)
         return write(folder, step, state)
 

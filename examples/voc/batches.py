@@ -177,7 +177,7 @@ class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
             yield images
 
 
-@lru_cache(2)
+@lru_cache(2)  # a batch may span two epochs
 def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, 0, epoch)).permutation(count)
 

@@ -47,7 +47,7 @@ class Network:
     Args:
         backbone: resnet38, small (a few convolutions, for the demo) or any timm name.
         weights: its weight file; its norms are then frozen.
-        frozen: names of its modules that are not trained; null: with weights resnet38's stem, else none.
+        frozen: names of its modules that are not trained; null: with weights resnet38's stem, else none; []: none.
         output_stride: of a timm network; the others have stride 8.
         dim: D, the channels of the CAM head's features.
     """
@@ -288,7 +288,7 @@ class Config:
         precision: of autocast.
         deterministic: two runs on one GPU agree bit for bit; slower.
         compile: torch.compile the networks.
-        workers: processes that load images, a training process.
+        workers: processes that load images, and threads that write an inference's files, a training process.
         on_nonfinite_loss: stop, or skip that step.
         tensorboard: also write TensorBoard files, with CAM overlays of fixed images.
     """

@@ -50,9 +50,10 @@ def write_cams(run: Run, stems: Sequence[str]) -> float:
         return run.data.image(stem), run.data.tags(stem)
 
     model = load_trained(run, "train_cam")
+    trained = (run.folder("train_cam") / "model.pt").stat().st_mtime_ns  # an earlier network's CAMs do not count
 
     def done(stem: str) -> bool:
-        return all(_whole(run, path) for path in paths(stem).values())
+        return all(_whole(run, path) and path.stat().st_mtime_ns >= trained for path in paths(stem).values())
 
     images, start = torch.zeros(1, device=run.device), time.perf_counter()
     with writing(run) as write:

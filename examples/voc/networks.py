@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -80,8 +81,8 @@ def build_backbone(network: Network) -> Any:
 def _freeze(backbone: Any, network: Network) -> Any:
     for name in network.frozen or ():
         if name not in (names := dict(backbone.named_modules())):
-            known = ", ".join(known for known in names if known and known.count(".") < 2)
-            raise ValueError(f"network.frozen must name modules of {network.backbone} ({known}), but has {name!r}.")
+            near = ", ".join(get_close_matches(name, filter(None, names), 8, 0))
+            raise ValueError(f"network.frozen must name modules of {network.backbone} ({near}, ...), but has {name!r}.")
         names[name].requires_grad_(False)
     return pixelss.freeze_norm(backbone) if network.weights else backbone
 

@@ -33,7 +33,7 @@ class UserError(Exception):
 
 def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run:
     """Make or reopen a run folder; one that was made with other settings is refused, naming them."""
-    if config.deterministic:  # before the first product on CUDA, and in stages that continue as in those before
+    if config.deterministic:  # cuBLAS reads it at its first product, in whatever stage this start begins
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     settings = json.loads(json.dumps(asdict(config), default=str))  # tuples as lists, paths as strings
     environment = _environment(root, device)

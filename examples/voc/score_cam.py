@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from parallel import barrier, rank
 from PIL import Image
 from stages import Run
-from storage import load_cam, write_atomic
+from storage import load_cam, remove_unfinished, write_atomic
 from torch import Tensor
 
 import pixelss
@@ -37,6 +37,8 @@ def score_cam(run: Run) -> None:
     if not run.finished("infer_cam"):
         write_cams(run, stems)
         barrier()
+        if rank() == 0:
+            remove_unfinished(run.folder("infer_cam"))
     scores = _sweep(run, None)
     threshold = scores["threshold"]
     plain, refined = (pixelss.ConfusionMatrix(run.data.num_classes + 1).to(run.device) for _ in range(2))

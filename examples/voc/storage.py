@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _AGAIN = "remove it and infer_cam/done.json, then run infer_cam again."
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write to a temporary file beside `path`, flush it to the disk, then rename: a reader never sees a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

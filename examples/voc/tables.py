@@ -223,8 +223,9 @@ def main() -> None:
     device_name = load_config(options.config, settings).device
     with process_group(device_name if torch.cuda.is_available() else "cpu") as device:
         root = data_root(options.data, options.out)
-        for path in options.out.glob(".*.tmp") if rank() == 0 else ():  # of a killed process
-            path.unlink(missing_ok=True)
+        if rank() == 0:
+            for path in options.out.glob(".*.tmp"):  # of a killed process
+                path.unlink(missing_ok=True)
         for name in wanted:
             options.name = name
             rows = TABLES[name].rows

@@ -167,10 +167,14 @@ def train(
 
 
 def train_mode(network: nn.Module) -> None:
-    """Put all but frozen norms in training mode: these go back by themselves, but in a pass that is compiled for it."""
+    """Put the network in training mode, frozen norms aside.
+
+    Their hook would put them back, but torch.compile would compile the pass that does it by itself.
+    """
     network.train()
     for module in network.modules():
-        if isinstance(module, _BatchNorm) and not any(weight.requires_grad for weight in module.parameters()):
+        trained = [weight.requires_grad for weight in module.parameters()]
+        if isinstance(module, _BatchNorm) and trained and not any(trained):
             module.eval()
 
 

@@ -72,7 +72,7 @@ def dense_crf(
     log_p = probs.clamp(_CLIP, 1).log().flatten(2).permute(2, 0, 1)
     position = torch.stack(torch.meshgrid(_pixels(W, probs), _pixels(H, probs), indexing="xy"), dim=-1).view(-1, 2)
     smoothness = [_kernel(position / gaussian[0], gaussian[1])] if gaussian else []
-    first = [b for b in range(B) if b == 0 or (bilateral and not torch.equal(images[b], images[b - 1]))]
+    first = [b for b in range(B) if b == 0 or not torch.equal(images[b], images[b - 1])]
     results = []
     for start, stop in pairwise([*first, B]):
         kernels = smoothness
