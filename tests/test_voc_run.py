@@ -69,6 +69,7 @@ def command(script: str, *arguments: object, fault: tuple[object, ...] = ()) -> 
 
 
 Call = Callable[..., str]
+Again = Callable[[str], tuple[Path, dict[str, bytes], tuple[object, ...]]]
 
 
 @pytest.fixture
@@ -143,10 +144,18 @@ def write_random_cams(made: Run, name: str) -> None:
         save_cam(cam_path(made, stem), cam, made.data.tags(stem))
 
 
-def copy_without(stage: str, out: Path, to: Path) -> Path:
-    """Copy a run folder but for one stage; returns where that stage's folder will be."""
-    shutil.copytree(out, to, ignore=lambda folder, _: [stage] if Path(folder) == out else [])
-    return to / stage
+@pytest.fixture
+def again(finished: tuple[Path, str], shapes: Path, tiny: Path, tmp_path: Path) -> Again:
+    """Copy the finished run but for one stage; returns that stage's folder, what belongs there, and the command."""
+    out, _ = finished
+
+    def prepare(stage: str) -> tuple[Path, dict[str, bytes], tuple[object, ...]]:
+        copy = tmp_path / "run"
+        shutil.copytree(out, copy, ignore=lambda folder, _: [stage] if Path(folder) == out else [])
+        base = ("--data", shapes, "--out", copy, "--config", VOC / "demo.yaml", "--config", tiny)
+        return copy / stage, contents(out / stage), base
+
+    return prepare
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -224,19 +233,9 @@ def test_changed_setting_is_refused_and_named(
     ],
 )
 def test_killed_process_continues_at_the_first_missing_file(
-    finished: tuple[Path, str],
-    shapes: Path,
-    tiny: Path,
-    tmp_path: Path,
-    call: Call,
-    stage: str,
-    name: str,
-    whole: int,
-    kept: int,
+    again: Again, call: Call, stage: str, name: str, whole: int, kept: int
 ) -> None:
-    out, _ = finished
-    folder, wanted = copy_without(stage, out, tmp_path / "run"), contents(out / stage)
-    base = ("--data", shapes, "--out", folder.parent, "--config", VOC / "demo.yaml", "--config", tiny)
+    folder, wanted, base = again(stage)
     ended = command("run.py", *base, "--stages", stage, fault=("killed", name, whole))
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     there = {name: content for name, content in contents(folder).items() if not name.endswith(".tmp")}
@@ -259,20 +258,10 @@ def test_killed_process_continues_at_the_first_missing_file(
     ],
 )
 def test_full_disk_is_told_naming_the_file_and_the_command_continues(
-    finished: tuple[Path, str],
-    shapes: Path,
-    tiny: Path,
-    tmp_path: Path,
-    call: Call,
-    stage: str,
-    name: str,
-    whole: int,
-    steps: int,
+    again: Again, call: Call, stage: str, name: str, whole: int, steps: int
 ) -> None:
-    out, _ = finished
-    folder, wanted = copy_without(stage, out, tmp_path / "run"), contents(out / stage)
+    folder, wanted, base = again(stage)
     others = {path.name: contents(path) for path in folder.parent.iterdir() if path.is_dir()}
-    base = ("--data", shapes, "--out", folder.parent, "--config", VOC / "demo.yaml", "--config", tiny)
     ended = command("run.py", *base, "--stages", stage, fault=("full", name, whole))
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
