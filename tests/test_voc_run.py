@@ -27,13 +27,16 @@ VOC = Path(__file__).parent.parent / "examples" / "voc"
 VOC_MINI = Path(os.environ.get("PIXELSS_VOC_MINI", Path(__file__).parent.parent.parent / "shared/data/voc12-mini"))
 sys.path[:0] = [str(VOC), str(VOC.parent)]
 
+import headroom as headroom_command  # noqa: E402
 import inference  # noqa: E402
 import tables  # noqa: E402
+from batches import Samples  # noqa: E402
 from config import CRF, Config  # noqa: E402
 from crf_labels import label_maps, with_background, write_crf_labels  # noqa: E402
 from data import BadFileError, VOCFolder  # noqa: E402
 from distributed import run_processes  # noqa: E402
 from export_test import export_test  # noqa: E402
+from headroom import headroom  # noqa: E402
 from infer_cam import cam_path, infer_cam, write_cams  # noqa: E402
 from inference import writing  # noqa: E402
 from networks import build_cam  # noqa: E402
@@ -580,6 +583,56 @@ def test_table_shows_mean_half_range_and_the_paper_s_figure(tmp_path: Path) -> N
     assert (tmp_path / "table1.csv").read_text().split() == [
         "row,column,seed,value,paper", "MAM,miou,3,50.0,58.0", "MAM,miou,5,54.0,58.0"
     ]  # fmt: skip
+
+
+def test_headroom_is_the_iou_of_cam_and_targets_on_the_crops_of_a_training(shapes: Path, tmp_path: Path) -> None:
+    made = new_run(shapes, tmp_path / "run")
+    scales = {"cam.scales": [1.0, 1.5], "cam.cls_scales": [1.0]}
+    settings = config(**scales, **{"cam.start_from": made.folder("train_cam"), "cam.augment.crop": 32})
+    made.config = settings
+    found = headroom(made)
+
+    stems, classes = made.data.stems("train"), made.data.num_classes
+    network = build_cam(settings, classes)
+    network.load_state_dict(torch.load(made.folder("train_cam") / "model.pt"))
+    samples = Samples(made.data, stems, settings, settings.cam.augment, [shapes / "SegmentationClass"])
+    ((images, tags, maps),) = samples.batches(settings.cam.schedule.batch, 0, 1, pin=False)
+    with torch.no_grad():
+        outputs = pixelss.multi_scale_forward(network.eval(), images, scales=[1.0, 1.5])
+    cams = [pixelss.normalize_cam(output.cam).double().numpy() for output in outputs]
+    truth = maps[:, 0].numpy()
+    for scale, own, other in (("x1", *cams), ("x1.5", *cams[::-1])):
+        columns: dict[str, Any] = {name: np.zeros_like(own) for name in ("CAM", "MMM", "MAM")}
+        for b, k in tags.nonzero().tolist():
+            norms = np.sqrt((own[b, k] ** 2).sum() * (other[b, k] ** 2).sum())
+            xi = 2 - ((own[b, k] * other[b, k]).sum() / norms if norms > 0 else 0)
+            columns["CAM"][b, k] = own[b, k]
+            columns["MMM"][b, k] = (own[b, k] + other[b, k]) / 2
+            columns["MAM"][b, k] = (1.0 * own[b, k] + xi * other[b, k]) / 2  # a live map is not unlike itself
+        for name, cam in columns.items():
+            best = max(miou(np.where(cam.max(1) > t / 100, cam.argmax(1) + 1, 0), truth, classes) for t in range(61))
+            assert found.scales[scale][name] == pytest.approx(best, abs=0.05)
+    assert set(found.scales) == {"x1", "x1.5", "all"}
+    together = pixelss.msinf_cam([output.cam for output in outputs], tags).numpy()
+    mask = np.where(together.max(1) > settings.cam.threshold, together.argmax(1) + 1, 0)
+    assert 100 * found.mask.miou.item() == pytest.approx(miou(mask, truth, classes), abs=0.05)
+
+
+def miou(prediction: np.ndarray, truth: np.ndarray, classes: int) -> float:
+    """Return the mean IoU in per cent over classes that occur, void left out."""
+    seen = truth != 255
+    pairs = [((prediction == c) & seen, (truth == c) & seen) for c in range(classes + 1)]
+    return 100 * float(np.mean([(p & t).sum() / (p | t).sum() for p, t in pairs if (p | t).any()]))
+
+
+def test_headroom_command_prints_a_table(finished: tuple[Path, str], shapes: Path, tiny: Path, call: Call) -> None:
+    base = ("--data", shapes, "--config", VOC / "demo.yaml", "--config", tiny)
+    assert "cam.start_from must be" in call(headroom_command.main, *base, ok=False)
+    lines = call(headroom_command.main, *base, "--cam.start_from", finished[0] / "train_cam").splitlines()
+    assert lines[0] == "| scale | CAM | target of MMM | target of MAM |"
+    assert [line.split()[1] for line in lines[2:6]] == ["x0.5", "x1", "x2", "all"]
+    assert re.fullmatch(r"\| x2 \| [\d.]+ \| [\d.]+ \([+-][\d.]+\) \| [\d.]+ \([+-][\d.]+\) \|", lines[4])
+    assert "mask at threshold 0.2: mIoU" in lines[-1]
 
 
 @pytest.mark.slow

@@ -116,11 +116,16 @@ class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
         stems: the training list.
         config: its seed, normalisation and `data.on_bad_file` count.
         augment: of the stage.
-        map_folders: folders of label maps STEM.png that are cut like their image.
+        map_folders: folders of label maps STEM.png that are cut like their image; None: the data set's masks.
     """
 
     def __init__(
-        self, data: VOCFolder, stems: Sequence[str], config: Config, augment: Augment, map_folders: Sequence[Path] = ()
+        self,
+        data: VOCFolder,
+        stems: Sequence[str],
+        config: Config,
+        augment: Augment,
+        map_folders: Sequence[Path | None] = (),
     ) -> None:
         self.data, self.stems, self.config, self.augment, self.map_folders = data, stems, config, augment, map_folders
 
