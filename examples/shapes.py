@@ -97,6 +97,7 @@ def write_shapes(root: Path, *, train: int = 320, val: int = 80, size: int = 96,
 
     Raises:
         FileExistsError: `root` holds something else, or a set made with other arguments.
+        OSError: the files cannot be written; `root` is then not there.
     """
     stamp = f"shapes 1: train={train} val={val} size={size} seed={seed}\n"
     if root.exists():
@@ -105,14 +106,22 @@ def write_shapes(root: Path, *, train: int = 320, val: int = 80, size: int = 96,
         raise FileExistsError(f"root must be free for '{stamp.strip()}', but {root} exists: remove it or name another.")
     unfinished = root.with_name(root.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    folders = [
-        unfinished / name for name in ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation")
-    ]
+    try:
+        _write_images(unfinished, {"train": train, "val": val}, size, seed)
+        (unfinished / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+        (unfinished / "stamp.txt").write_text(stamp)
+    except OSError as error:
+        raise OSError(f"could not write the data set {root} ({error}): is the disk full, or read-only?") from error
+    return unfinished.rename(root)
+
+
+def _write_images(root: Path, counts: dict[str, int], size: int, seed: int) -> None:
+    folders = [root / name for name in ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation")]
     for folder in folders:
         folder.mkdir(parents=True)
     images, masks, tags, lists = folders
     rng = np.random.default_rng(seed)
-    for split, count in (("train", train), ("val", val)):
+    for split, count in counts.items():
         stems = [f"{split}_{i:04d}" for i in range(count)]
         (lists / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in stems))
         for stem in stems:
@@ -123,9 +132,6 @@ def write_shapes(root: Path, *, train: int = 320, val: int = 80, size: int = 96,
             coded.save(masks / f"{stem}.png")
             objects = "".join(f"<object><name>{name}</name></object>" for name in names)
             (tags / f"{stem}.xml").write_text(f"<annotation><filename>{stem}.jpg</filename>{objects}</annotation>\n")
-    (unfinished / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
-    (unfinished / "stamp.txt").write_text(stamp)
-    return unfinished.rename(root)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -282,6 +284,16 @@ def test_full_disk_is_told_naming_the_file_and_the_command_continues(
     assert {path.name: contents(path) for path in folder.parent.iterdir() if path.is_dir()} == others | {stage: wanted}
 
 
+def test_full_disk_is_told_while_the_demo_s_images_are_written(tmp_path: Path) -> None:
+    arguments = ("--data", "demo", "--out", tmp_path / "out", "--stages", "train_cam", "--dry-run")
+    result = command("run.py", *arguments, fault=("full", "train_0003", 0))
+    assert result.returncode != 0
+    assert f"could not write the data set {tmp_path / 'out' / 'shapes'} (" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out" / "shapes").exists()
+    assert command("run.py", *arguments).returncode == 0
+
+
 def test_dry_run_names_everything_missing(tmp_path: Path, shapes: Path, call: Call) -> None:
     empty = ("--data", tmp_path / "empty", "--out", tmp_path / "out", "--dry-run")
     message = call(main, *empty, "--network.weights", tmp_path / "none.params", ok=False)
@@ -301,6 +313,20 @@ def test_dry_run_names_everything_missing(tmp_path: Path, shapes: Path, call: Ca
     (tmp_path / "kept.xml").rename(shapes / "Annotations" / "train_0002.xml")
     assert "1 of 6 annotations of train.txt are missing" in message
     assert "train_0002.xml" in message
+
+
+def plan_of(rank: int, root: str, out: str) -> str:
+    """Print the plan in one of several processes."""
+    sys.argv = ["run.py", "--data", root, "--out", out, "--config", str(VOC / "demo.yaml"), "--dry-run"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main()
+    return printed.getvalue()
+
+
+def test_dry_run_of_two_processes_prints_one_plan(shapes: Path, tmp_path: Path) -> None:
+    first, second = run_processes(plan_of, 2, str(shapes), str(tmp_path / "out"))
+    assert "Nothing is missing." in first
+    assert second == ""
 
 
 def test_estimate_is_the_measured_step(shapes: Path) -> None:

@@ -288,7 +288,7 @@ class Config:
         precision: of autocast.
         deterministic: two runs on one GPU agree bit for bit; slower.
         compile: torch.compile the networks.
-        workers: processes that load images, and threads that write an inference's files, a training process.
+        workers: a process's: processes that load a training's images, threads that read and write an inference's.
         on_nonfinite_loss: stop, or skip that step.
         tensorboard: also write TensorBoard files, with CAM overlays of fixed images.
     """

@@ -21,7 +21,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 T = TypeVar("T")
-_AHEAD = 4  # batches that are read while one is worked on
 
 
 def shared_batches(
@@ -58,9 +57,10 @@ def shared_batches(
             shapes[_size(run, stem)].append(stem)
         batches = [group[i : i + max_batch] for group in shapes.values() for i in range(0, len(group), max_batch)]
     bar = tqdm(total=len(own), desc=desc, unit="img", ncols=80, disable=rank() != 0)
-    with bar, ThreadPoolExecutor(2) as pool:
+    threads = max(1, run.config.workers)
+    with bar, ThreadPoolExecutor(threads) as pool:
         waiting = iter(batches)
-        ahead = [pool.submit(read_all, batch) for batch in islice(waiting, _AHEAD)]
+        ahead = [pool.submit(read_all, batch) for batch in islice(waiting, 2 * threads)]  # while one is worked on
         while ahead:
             items = ahead.pop(0).result()
             ahead += [pool.submit(read_all, batch) for batch in islice(waiting, 1)]

@@ -143,15 +143,19 @@ def default_config(data: str) -> list[Path]:
 
 def main() -> None:
     options, config = parse_args(sys.argv[1:])
-    if options.dry_run:
-        raise SystemExit(dry_run(options, config))
     with process_group(config.device if torch.cuda.is_available() else "cpu") as device:
         root = data_root(options.data, options.out)
-        check(config, root, options.stages)
-        run = open_run(config, root, options.out, device)
-        execute(run, options.stages)
-        if rank() == 0:
-            print_results(run, list(STAGES))
+        if options.dry_run:
+            faults = dry_run(options, config, root)
+        else:
+            faults = []
+            check(config, root, options.stages)
+            run = open_run(config, root, options.out, device)
+            execute(run, options.stages)
+            if rank() == 0:
+                print_results(run, list(STAGES))
+    if faults:
+        raise SystemExit(1)
 
 
 def check(config: Config, root: Path, stages: list[str]) -> None:
@@ -160,14 +164,14 @@ def check(config: Config, root: Path, stages: list[str]) -> None:
         raise UserError("This is missing:\n" + "\n".join(f"- {fault}" for fault in faults))
 
 
-def dry_run(options: argparse.Namespace, config: Config) -> int:
-    """Print the plan and what is missing; returns the exit code. Nothing is written, the demo's images aside."""
-    root = data_root(options.data, options.out)
+def dry_run(options: argparse.Namespace, config: Config, root: Path) -> list[str]:
+    """Print the plan and what is missing, which it returns. Nothing is written, the demo's images aside."""
     faults = missing(config, root, options.stages)
-    finished = [name for name in options.stages if (options.out / name / "done.json").is_file()]
-    print_plan(config, None if faults else VOCFolder(root, config.data.classes), options.stages, finished)
-    print("\n".join(["Missing:", *(f"- {fault}" for fault in faults)] if faults else ["Nothing is missing."]))
-    return 1 if faults else 0
+    if rank() == 0:
+        finished = [name for name in options.stages if (options.out / name / "done.json").is_file()]
+        print_plan(config, None if faults else VOCFolder(root, config.data.classes), options.stages, finished)
+        print("\n".join(["Missing:", *(f"- {fault}" for fault in faults)] if faults else ["Nothing is missing."]))
+    return faults
 
 
 def guarded(main: Callable[[], None]) -> None:
