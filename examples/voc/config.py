@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 Scales = tuple[float, ...]
 # Settings that change speed, memory or reports, not results: they may differ when a run continues.
-FREE = {"device", "workers", "compile", "tensorboard", "max_batch", "checkpoint_every", "log_every", "on_bad_file"}
+FREE = {"device", "workers", "compile", "tensorboard", "max_batch", "checkpoint_every", "log_every"}
+FREE |= {"on_bad_file", "on_nonfinite_loss"}  # until such a thing is met
 
 
 def decisive(tree: Any, name: str = "") -> dict[str, Any]:
@@ -26,16 +27,16 @@ class Data:
     Args:
         classes: foreground class names in the masks' order; null reads classes.txt of the data folder.
         train: list that is trained on, with tags only.
-        score: list whose masks score the CAMs and pseudo-labels.
-        val: list whose masks score the segmentation.
+        score: list whose masks score the CAMs and pseudo-labels; null: no masks, no scores.
+        val: list whose masks score the segmentation; null as above.
         test: list without masks, exported for the test server; null skips the export.
         on_bad_file: stop at an unreadable image, mask or annotation, or skip it with a warning.
     """
 
     classes: list[str] | None = None
     train: str = "train_aug"
-    score: str = "train"
-    val: str = "val"
+    score: str | None = "train"
+    val: str | None = "val"
     test: str | None = "test"
     on_bad_file: Literal["stop", "skip"] = "stop"
 
@@ -121,6 +122,11 @@ class Schedule:
     batch: int = 16
     checkpoint_every: int = 500
     log_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch", "checkpoint_every", "log_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"schedule.{name} must be at least 1, but is {value}; for never give a large number.")
 
 
 @dataclass

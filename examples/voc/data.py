@@ -51,9 +51,9 @@ class VOCFolder:
     def num_classes(self) -> int:
         return len(self.classes)
 
-    def stems(self, name: str) -> list[str]:
-        """Return the image names of a list, as `read_list`."""
-        return read_list(self.root, name)
+    def stems(self, name: str | None) -> list[str]:
+        """Return the image names of a list, as `read_list`; none of no list."""
+        return [] if name is None else read_list(self.root, name)
 
     def image_path(self, stem: str) -> Path:
         return self.root / "JPEGImages" / f"{stem}.jpg"

@@ -43,6 +43,9 @@ def by_class(run: Run, iou: torch.Tensor) -> dict[str, float | None]:
 def evaluate(run: Run) -> None:
     """Score infer_seg's label maps; write scores.json and table.md."""
     name = run.config.data.val
+    if name is None:
+        run.finish("evaluate", skipped="data.val is null")
+        return
     scores, count = score_masks(run, run.folder("infer_seg") / "val", run.data.stems(name), "evaluate")
     ours = {"mean": scores.miou.item(), **by_class(run, scores.iou)}
     if rank() == 0:

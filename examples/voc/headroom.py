@@ -14,6 +14,7 @@ import argparse
 import math
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,8 @@ from batches import Samples
 from data import VOCFolder
 from inference import autocast
 from networks import build_cam
-from parallel import process_group, rank
-from run import default_config, guarded, load_config
+from parallel import process_group, rank, share
+from run import check, default_config, guarded, load_config
 from runfolder import UserError
 from stages import Run
 from tqdm import tqdm
@@ -45,18 +46,27 @@ def headroom(run: Run) -> Headroom:
     config, N = run.config.cam, run.data.num_classes
     if config.start_from is None:
         raise UserError("cam.start_from must be a finished train_cam folder, but is null: its network is scored.")
+    if run.config.data.score is None:
+        raise UserError("data.score must name a list with masks, but is null.")
     check_scales(config)
-    network = build_cam(run.config, N)
+    network = build_cam(replace(run.config, network=replace(run.config.network, weights=None)), N)
     network.load_state_dict(trained_weights(config.start_from))
     network.eval().to(run.device).to(memory_format=torch.channels_last)
     samples = Samples(run.data, run.data.stems(run.config.data.score), run.config, config.augment, [None])
     rows = [f"x{scale:g}" for scale in config.scales]
     cells = [*((row, column) for row in rows for column in ("CAM", "MMM", "MAM")), ("all", "CAM")]
-    sweeps = {cell: pixelss.ThresholdSweep(N).to(run.device) for cell in cells}
+    thresholds = torch.arange(120) / 200  # all is halved, for MAM's targets reach 2
+    sweeps = {cell: pixelss.ThresholdSweep(N, thresholds=thresholds).to(run.device) for cell in cells}
     region = pixelss.ConfusionMatrix(N + 1).to(run.device)
     steps = math.ceil(len(samples) / config.schedule.batch)
     batches = samples.batches(config.schedule.batch, 0, steps, pin=run.device.type == "cuda")
-    for images, tags, maps in tqdm(batches, total=steps, desc="headroom", ncols=80, disable=rank() != 0):
+    bar = tqdm(batches, total=steps, desc="headroom", ncols=80, disable=rank() != 0)
+    for step, batch in enumerate(bar):
+        first = step * config.schedule.batch
+        count = sum(p < len(samples) for p in share(range(first, first + config.schedule.batch)))
+        if count == 0:  # the stream goes on with the first image again
+            continue
+        images, tags, maps = (part[:count] for part in batch)
         truth, labels = maps[:, 0].to(run.device), tags.to(run.device)
         with autocast(run):
             x = images.to(run.device, memory_format=torch.channels_last)
@@ -67,15 +77,15 @@ def headroom(run: Run) -> Headroom:
         targets = {
             "CAM": present,
             "MMM": pixelss.attentive_target(present, present, attentive=False),
-            "MAM": pixelss.attentive_target(present, present).clamp(max=1),
+            "MAM": pixelss.attentive_target(present, present),
         }
         for column, of_scales in targets.items():
             for row, values in zip(rows, of_scales, strict=True):
                 full = torch.zeros_like(cams[0])
-                full[image, k] = values
+                full[image, k] = values / 2
                 sweeps[row, column].update(full, truth)
         together = pixelss.msinf_cam([output.cam for output in outputs], labels)
-        sweeps["all", "CAM"].update(together, truth)
+        sweeps["all", "CAM"].update(together / 2, truth)
         region.update(pixelss.class_region_mask(together, labels, threshold=config.threshold), truth)
     scales: dict[str, dict[str, float]] = defaultdict(dict)
     for (row, column), sweep in sweeps.items():
@@ -107,6 +117,7 @@ def main() -> None:
     options, settings = parser.parse_known_args(sys.argv[1:])
     config = load_config(options.config or default_config(options.data), settings)
     with process_group(config.device if torch.cuda.is_available() else "cpu") as device:
+        check(config, Path(options.data), ["score_cam"])
         run = Run(config, VOCFolder(Path(options.data), config.data.classes), Path(), device)
         found = headroom(run)
         if rank() == 0:

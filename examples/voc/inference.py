@@ -34,7 +34,7 @@ def shared_batches(
 ) -> Iterator[list[tuple[str, T]]]:
     """Yield this process's share of a list, images of one size together, each with what `read` returns.
 
-    Images that are `done` are left out after the list is shared: other processes finish theirs at the same time. A
+    Batches that are `done` are left out after the list is shared: other processes finish theirs at the same time. A
     `BadFileError` stops, or leaves that image out with a warning, as data.on_bad_file says.
     """
 
@@ -49,24 +49,26 @@ def shared_batches(
                 warnings.warn(f"left out: {error}", stacklevel=2)
         return items
 
-    own = [stem for stem in share(stems) if not (done and done(stem))]
-    batches: list[Sequence[str]] = [[stem] for stem in own]
+    batches: list[Sequence[str]] = [[stem] for stem in share(stems)]
     if max_batch > 1:
         shapes: dict[tuple[int, int], list[str]] = defaultdict(list)
-        for stem in own:
+        for stem in share(stems):
             shapes[_size(run, stem)].append(stem)
         batches = [group[i : i + max_batch] for group in shapes.values() for i in range(0, len(group), max_batch)]
-    bar = tqdm(total=len(own), desc=desc, unit="img", ncols=80, disable=rank() != 0)
     threads = max(1, run.config.workers)
-    with bar, ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
+        if done:  # a batch is whole or worked on again as a whole, for others would round otherwise
+            finished = dict(zip(share(stems), pool.map(done, share(stems)), strict=True))
+            batches = [batch for batch in batches if not all(finished[stem] for stem in batch)]
         waiting = iter(batches)
         ahead = [pool.submit(read_all, batch) for batch in islice(waiting, 2 * threads)]  # while one is worked on
-        while ahead:
-            items = ahead.pop(0).result()
-            ahead += [pool.submit(read_all, batch) for batch in islice(waiting, 1)]
-            if items:
-                yield items
-            bar.update(len(items))
+        with tqdm(total=sum(map(len, batches)), desc=desc, unit="img", ncols=80, disable=rank() != 0) as bar:
+            while ahead:
+                items = ahead.pop(0).result()
+                ahead += [pool.submit(read_all, batch) for batch in islice(waiting, 1)]
+                if items:
+                    yield items
+                bar.update(len(items))
 
 
 def _size(run: Run, stem: str) -> tuple[int, int]:

@@ -23,7 +23,7 @@ Array = NDArray[np.uint8]
 
 @torch.inference_mode()
 def make_labels(run: Run) -> None:
-    """Write the pseudo-labels that are not there yet, and score them on the masks of data.score."""
+    """Write the pseudo-labels that are not there yet, and score them on the masks of data.score, if there are any."""
     config, radius = run.config.make_labels, run.config.affinity.radius
     network = load_trained(run, "train_affinity")
     folder = run.folder("make_labels")
@@ -47,7 +47,8 @@ def make_labels(run: Run) -> None:
             (labels,) = label_maps(image, walked, tags, config.crf)
             write(save_mask, folder / f"{stem}.png", labels)
     barrier()
-    name = run.config.data.score
-    result, count = score_masks(run, folder, run.data.stems(name), "score_labels")
-    miou = round(100 * result.miou.item(), 1)
-    run.finish("make_labels", images=len(cam_stems(run)), list=name, scored=count, miou=miou)
+    quality: dict[str, object] = {}
+    if name := run.config.data.score:
+        result, count = score_masks(run, folder, run.data.stems(name), "score_labels")
+        quality = {"list": name, "scored": count, "miou": round(100 * result.miou.item(), 1)}
+    run.finish("make_labels", images=len(cam_stems(run)), **quality)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from config import Config, Schedule
 from data import BadFileError, VOCFolder, read_list
 from parallel import world_size
+from training import total_steps
 
 # A step of train_cam with ResNet38 at batch 16, crop 192, scales .5, 1 and 2 costs 49.7 TFLOP: student forward and
 # backward (3 forwards) and teacher forward (1). So much is one forward pass of one pixel:
@@ -35,7 +37,9 @@ def missing(config: Config, root: Path, stages: list[str]) -> list[str]:
         try:
             stems = read_list(root, name)
         except (FileNotFoundError, BadFileError) as error:
-            faults.append(str(error) + (" Set data.test to null to go without." if name == config.data.test else ""))
+            optional = [field for field in ("score", "val", "test") if getattr(config.data, field) == name]
+            hint = f" Set data.{optional[0]} to null to go without." if optional and name != config.data.train else ""
+            faults.append(str(error) + hint)
             continue
         for what, places in needs.items():
             lacking = [s for s in stems if not any((root / place.format(s)).is_file() for place in places)]
@@ -58,45 +62,53 @@ def _lists(config: Config, stages: list[str]) -> dict[str, dict[str, list[str]]]
     """Return the lists that the stages use and what each of their images needs."""
     image, tags = {"images": ["JPEGImages/{}.jpg"]}, {"annotations": ["Annotations/{}.xml"]}
     masks = {"masks": ["SegmentationClass/{}.png", "SegmentationClassAug/{}.png"]}
+    data = config.data
+    reads: dict[str, list[tuple[str | None, dict[str, list[str]]]]] = {
+        "train_cam": [(data.train, image | tags)],
+        "infer_cam": [(data.train, image | tags), (data.score, image | tags)],
+        "score_cam": [(data.score, image | tags | masks)],
+        "train_affinity": [(data.train, image | tags)],
+        "make_labels": [(data.train, image | tags), (data.score, image | tags | masks)],
+        "train_seg": [(data.train, image | tags)],
+        "infer_seg": [(data.val, image), (data.test, image)],
+        "evaluate": [(data.val, image | masks)],
+        "export_test": [(data.test, image)],
+    }
     lists: dict[str, dict[str, list[str]]] = {}
-    if set(stages) - {"infer_seg", "evaluate", "export_test"}:
-        lists = {config.data.train: image | tags, config.data.score: image | tags | masks}
-    if {"infer_seg", "evaluate"} & set(stages):
-        lists[config.data.val] = lists.get(config.data.val, {}) | image | masks
-    if {"infer_seg", "export_test"} & set(stages) and config.data.test:
-        lists[config.data.test] = lists.get(config.data.test, {}) | image
+    for name, needs in (pair for stage in stages for pair in reads[stage]):
+        if name is not None:
+            lists[name] = lists.get(name, {}) | needs
     return lists
 
 
-def cost(config: Config, data: VOCFolder) -> dict[str, float]:
-    """Return the estimated TFLOP of every stage that runs ResNet38, from one measured step of train_cam."""
-    counts = {name: len(data.stems(name)) for name in {config.data.train, config.data.score, config.data.val}}
-    counts |= {config.data.test: len(data.stems(config.data.test))} if config.data.test else {}
-    trained = counts[config.data.train]
+def cost(config: Config, data: VOCFolder, stages: Sequence[str]) -> dict[str, float]:
+    """Return the estimated TFLOP of those of the stages that run ResNet38, from one measured step of train_cam."""
+    lists, cam, affinity, seg = config.data, config.cam, config.affinity, config.seg
 
-    def steps(schedule: Schedule) -> float:
-        return schedule.iterations or schedule.epochs * trained / schedule.batch
+    def images(*names: str | None) -> int:
+        return len({stem for name in names for stem in data.stems(name)})
 
     def passes(schedule: Schedule, crop: int, scales: tuple[float, ...], forwards: int) -> float:
-        return steps(schedule) * schedule.batch * crop**2 * sum(s * s for s in scales) * forwards
+        count = total_steps(schedule, images(lists.train)) * schedule.batch
+        return count * crop**2 * sum(s * s for s in scales) * forwards
 
-    cam, affinity, seg = config.cam, config.affinity, config.seg
-    inferred = len(set(data.stems(config.data.train)) | set(data.stems(config.data.score)))
-    segmented = counts[config.data.val] + (counts[config.data.test] if config.data.test else 0)
-    pixels = {
-        "train_cam": passes(cam.schedule, cam.augment.crop, cam.scales, 4),
-        "infer_cam": inferred * _IMAGE_PIXELS * 2 * sum(s * s for s in config.infer_cam.scales),
-        "train_affinity": passes(affinity.schedule, affinity.augment.crop, (1.0,), 3),
-        "make_labels": inferred * _IMAGE_PIXELS,
-        "train_seg": passes(seg.schedule, seg.augment.crop, seg.scales, 3),
-        "infer_seg": segmented * _IMAGE_PIXELS * 2 * sum(s * s for s in seg.test_scales),
+    def flipped(scales: tuple[float, ...]) -> float:
+        return _IMAGE_PIXELS * 2 * sum(s * s for s in scales)
+
+    pixels: dict[str, Callable[[], float]] = {
+        "train_cam": lambda: passes(cam.schedule, cam.augment.crop, cam.scales, 4),
+        "infer_cam": lambda: images(lists.train, lists.score) * flipped(config.infer_cam.scales),
+        "train_affinity": lambda: passes(affinity.schedule, affinity.augment.crop, (1.0,), 3),
+        "make_labels": lambda: images(lists.train, lists.score) * _IMAGE_PIXELS,
+        "train_seg": lambda: passes(seg.schedule, seg.augment.crop, seg.scales, 3),
+        "infer_seg": lambda: images(lists.val, lists.test) * flipped(seg.test_scales),
     }
-    return {stage: count * _TFLOP_PER_PIXEL for stage, count in pixels.items()}
+    return {stage: pixels[stage]() * _TFLOP_PER_PIXEL for stage in stages if stage in pixels}
 
 
 def print_plan(config: Config, data: VOCFolder | None, stages: list[str], finished: list[str]) -> None:
     """Print the stages, which are finished, and what the others cost; `data` is None where it is incomplete."""
-    estimate = cost(config, data) if data and config.network.backbone == "resnet38" else {}
+    estimate = cost(config, data, stages) if data and config.network.backbone == "resnet38" else {}
     print(f"{'stage':15}{'state':10}{'PFLOP':>8}{'hours':>8}")
     for stage in stages:
         tflop = 0 if stage in finished else estimate.get(stage, 0)

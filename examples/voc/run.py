@@ -31,25 +31,26 @@ from parallel import barrier, process_group, rank
 from plan import missing, print_plan
 from runfolder import UserError, log_stage, open_run, print_results
 from score_cam import score_cam
-from stages import Run
+from stages import NEEDS, Run
 from storage import remove_checkpoints
 from train_affinity import train_affinity
 from train_cam import train_cam
 from train_seg import train_seg
 
 HERE = Path(__file__).parent
-# Every stage, the stages whose results it reads, and the settings that lower its memory.
-STAGES: dict[str, tuple[Callable[[Run], None], tuple[str, ...], str]] = {
-    "train_cam": (train_cam, (), "cam.schedule.batch or cam.augment.crop"),
-    "infer_cam": (infer_cam, ("train_cam",), "infer_cam.max_batch"),
-    "score_cam": (score_cam, ("train_cam",), "infer_cam.max_batch"),
-    "train_affinity": (train_affinity, ("infer_cam",), "affinity.schedule.batch or affinity.augment.crop"),
-    "make_labels": (make_labels, ("infer_cam", "train_affinity"), "the size of the images"),
-    "train_seg": (train_seg, ("make_labels",), "seg.schedule.batch or seg.augment.crop"),
-    "infer_seg": (infer_seg, ("train_seg",), "seg.max_batch or seg.tile"),
-    "evaluate": (evaluate, ("infer_seg",), "nothing: it holds two masks at a time"),
-    "export_test": (export_test, ("infer_seg",), "nothing: it holds the archive alone"),
+# Every stage, and the settings that lower its memory.
+STAGES: dict[str, tuple[Callable[[Run], None], str]] = {
+    "train_cam": (train_cam, "cam.schedule.batch or cam.augment.crop"),
+    "infer_cam": (infer_cam, "infer_cam.max_batch"),
+    "score_cam": (score_cam, "infer_cam.max_batch"),
+    "train_affinity": (train_affinity, "affinity.schedule.batch or affinity.augment.crop"),
+    "make_labels": (make_labels, "the size of the images"),
+    "train_seg": (train_seg, "seg.schedule.batch or seg.augment.crop"),
+    "infer_seg": (infer_seg, "seg.max_batch or seg.tile"),
+    "evaluate": (evaluate, "nothing: it holds two masks at a time"),
+    "export_test": (export_test, "nothing: it holds the archive alone"),
 }
+_NO_MEMORY = ("allocate memory", "DataLoader worker")  # how torch tells of it without a GPU
 
 
 def load_config(files: Sequence[Path], settings: Sequence[str] = ()) -> Config:
@@ -73,18 +74,21 @@ def _settings_parser() -> jsonargparse.ArgumentParser:
 def execute(run: Run, stages: Sequence[str]) -> None:
     """Run the stages that are not finished, in order."""
     for stage in stages:
-        function, needs, memory = STAGES[stage]
+        function, memory = STAGES[stage]
         if run.finished(stage):
             if rank() == 0:
                 remove_checkpoints(run.folder(stage))  # of a run that was killed right after its last step
             continue
-        if absent := [need for need in needs if not run.finished(need)]:
+        if absent := [need for need in NEEDS[stage] if not run.finished(need)]:
             raise UserError(f"{stage} needs {' and '.join(absent)}, not finished in {run.out}: add to --stages.")
         start = time.perf_counter()
         try:
             function(run)
-        except torch.cuda.OutOfMemoryError as error:
-            raise UserError(f"Out of memory in {stage}: lower {memory}. ({error})") from error
+        except (MemoryError, RuntimeError) as error:
+            known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+            if not known and not any(words in str(error) for words in _NO_MEMORY):
+                raise
+            raise UserError(f"Out of memory in {stage}: lower {memory}, or workers. ({error})") from error
         if rank() == 0:
             log_stage(run.out, stage, time.perf_counter() - start)
 

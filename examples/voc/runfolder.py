@@ -21,10 +21,26 @@ import yaml
 from config import Config, decisive
 from data import VOCFolder
 from parallel import barrier, rank, world_size
-from stages import Run
+from stages import NEEDS, Run
 from storage import write_atomic
 
 import pixelss
+
+# The first stage that a setting decides, by the start of its name; all others decide train_cam.
+_DECIDES = {
+    "data.score": "infer_cam",
+    "data.val": "infer_seg",
+    "data.test": "infer_seg",
+    "cam": "train_cam",
+    "infer_cam.scales": "infer_cam",
+    "infer_cam": "score_cam",
+    "affinity": "train_affinity",
+    "make_labels": "make_labels",
+    "seg.test_scales": "infer_seg",
+    "seg.tile": "infer_seg",
+    "seg.crf": "infer_seg",
+    "seg": "train_seg",
+}
 
 
 class UserError(Exception):
@@ -32,7 +48,7 @@ class UserError(Exception):
 
 
 def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run:
-    """Make or reopen a run folder; one that was made with other settings is refused, naming them."""
+    """Make or reopen a run folder; other settings than those of stages that have begun are refused, naming them."""
     if config.deterministic:  # cuBLAS reads it at its first product, in whatever stage this start begins
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     settings = json.loads(json.dumps(asdict(config), default=str))  # tuples as lists, paths as strings
@@ -41,10 +57,14 @@ def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run
         before = decisive(yaml.safe_load((out / "config.yaml").read_text()))
         after = decisive(settings) | {"--data": environment["data"]}
         before["--data"] = json.loads((out / "environment.json").read_text())["data"]
-        names = sorted(before.keys() | after.keys())
-        if changed := [f"  {n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]:
+        changed = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+        begun = {name: _begun_with(out, name) for name in changed}
+        if refused := [name for name in changed if begun[name]]:
+            lines = [f"  {name}: {before.get(name)} -> {after.get(name)}" for name in refused]
+            made = sorted({stage for name in refused for stage in begun[name]}, key=list(NEEDS).index)
+            remove = "it" if made[0] == "train_cam" else f"{', '.join(made)} in it"
             raise UserError(
-                f"{out} was made with other settings; name another --out, or remove it:\n" + "\n".join(changed)
+                f"{out} was made with other settings; name another --out, or remove {remove}:\n" + "\n".join(lines)
             )
     barrier()  # every process has compared before one writes
     if rank() == 0:
@@ -54,6 +74,15 @@ def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run
         write_atomic(out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     barrier()
     return Run(config, VOCFolder(root, config.data.classes), out, device)
+
+
+def _begun_with(out: Path, name: str) -> list[str]:
+    """Return the stages that have begun with the setting `name`, by themselves or through what they read."""
+    prefixes = [prefix for prefix in _DECIDES if f"{name}.".startswith(f"{prefix}.")]
+    decided = {_DECIDES[max(prefixes, key=len)] if prefixes else "train_cam"}
+    for stage, needs in NEEDS.items():
+        decided |= {stage} if decided & set(needs) else set()
+    return [stage for stage in NEEDS if stage in decided and any(p.is_file() for p in (out / stage).rglob("*"))]
 
 
 def _environment(root: Path, device: torch.device) -> dict[str, Any]:

@@ -34,6 +34,9 @@ def score_cam(run: Run) -> None:
     Without infer_cam, the CAMs of the scored images alone are inferred: all that a table of CAMs needs.
     """
     config, stems = run.config.infer_cam, run.data.stems(run.config.data.score)
+    if run.config.data.score is None:
+        run.finish("score_cam", skipped="data.score is null")
+        return
     if not run.finished("infer_cam"):
         write_cams(run, stems)
         barrier()

@@ -13,6 +13,19 @@ from data import VOCFolder
 from parallel import barrier, rank
 from storage import remove_unfinished, write_atomic
 
+# Every stage, in order, and the stages whose results it cannot do without.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "train_cam": (),
+    "infer_cam": ("train_cam",),
+    "score_cam": ("train_cam",),
+    "train_affinity": ("infer_cam",),
+    "make_labels": ("infer_cam", "train_affinity"),
+    "train_seg": ("make_labels",),
+    "infer_seg": ("train_seg",),
+    "evaluate": ("infer_seg",),
+    "export_test": ("infer_seg",),
+}
+
 
 @dataclass
 class Run:

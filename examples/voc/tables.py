@@ -16,6 +16,7 @@ import io
 import json
 import math
 import statistics
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,8 +88,9 @@ def run_row(row: str, seed: int, options: argparse.Namespace, root: Path, device
         return load_config(options.config, [*options.settings, *start, *overrides, f"--seed={seed}"])
 
     if options.start:
-        files, alone = [*options.config, options.start], [f"--{key}={value}" for key, value in ROWS["baseline"].items()]
-        config = load_config(files, [*options.settings, *alone, f"--seed={seed}"])
+        alone = [f"--{key}={value}" for key, value in ROWS["baseline"].items()]
+        on_top = f"--config={options.start}"  # of this command's settings too, which are meant for the rows
+        config = load_config(options.config, [*options.settings, *alone, on_top, f"--seed={seed}"])
         check(config, root, ["train_cam"])
         execute(open_run(config, root, _folder(options.out, "start", seed), device), ["train_cam"])
     config = config_of(row)
@@ -159,9 +161,10 @@ def _spread(values: list[float]) -> str:
     return "-" if math.isnan(mean) else f"{mean:.1f}{spread}"
 
 
-def plot(name: str, figures: Figures, runs: dict[str, list[Run]], path: Path) -> None:
+def plot(name: str, figures: Figures, runs: dict[str, list[Run]], caption: str, path: Path) -> None:
     """Draw the first column, or the single scales of table 5; figure 7 over the threshold, the baseline as a line."""
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure.supxlabel(textwrap.fill(caption, 125), x=0.01, ha="left", fontsize=8)
     means = {row: {c: statistics.fmean(v) for c, v in columns.items()} for row, columns in figures.items()}
     if name == "fig7":
         thresholds = [of_seeds[0].config.cam.threshold for row, of_seeds in runs.items() if row != "baseline"]
@@ -220,8 +223,10 @@ def main() -> None:
     options.config = options.config or default_config(options.data)
     options.settings = [*settings, "--infer_cam.single_scales=true"]  # for table 5, so that tables share rows
     wanted = list(TABLES) if options.name == "all" else [options.name]
-    device_name = load_config(options.config, settings).device
-    with process_group(device_name if torch.cuda.is_available() else "cpu") as device:
+    config = load_config(options.config, settings)
+    if config.data.score is None:
+        raise UserError("data.score must name a list with masks, but is null: the tables hold scores.")
+    with process_group(config.device if torch.cuda.is_available() else "cpu") as device:
         root = data_root(options.data, options.out)
         if rank() == 0:
             for path in options.out.glob(".*.tmp"):  # of a killed process
@@ -232,12 +237,9 @@ def main() -> None:
             runs = {row: [run_row(row, seed, options, root, device) for seed in options.seeds] for row in rows}
             if rank() == 0:
                 figures = figures_of(name, runs)
-                print(
-                    write_table(
-                        name, figures, caption_of(name, runs[rows[-1]][0], options.seeds), options.seeds, options.out
-                    )
-                )
-                plot(name, figures, runs, options.out / f"{name}.png")
+                caption = caption_of(name, runs[rows[-1]][0], options.seeds)
+                print(write_table(name, figures, caption, options.seeds, options.out))
+                plot(name, figures, runs, caption, options.out / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,6 @@ STAGE = "train_affinity"
 
 
 def train_affinity(run: Run) -> None:
-    if run.finished(STAGE):
-        return
     write_crf_labels(run)
     config = run.config.affinity
     torch.manual_seed(run.config.seed)

@@ -29,8 +29,6 @@ STAGE = "train_cam"
 
 
 def train_cam(run: Run) -> None:
-    if run.finished(STAGE):
-        return
     config = run.config.cam
     check_scales(config)
     torch.manual_seed(run.config.seed)

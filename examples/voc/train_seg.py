@@ -17,8 +17,6 @@ STAGE = "train_seg"
 
 
 def train_seg(run: Run) -> None:
-    if run.finished(STAGE):
-        return
     config = run.config.seg
     torch.manual_seed(run.config.seed)
     network = build_segmentation(run.config, run.data.num_classes)

@@ -90,6 +90,7 @@ def train(
 
     if config.compile:
         torch.compiler.reset()  # all networks share one limit of graphs; past it the last stage would run uncompiled
+        dynamo.config.cache_size_limit = 32  # graphs: scales of the student, of the teacher, in training and not
         dynamo.config.optimize_ddp = False  # it splits graphs to send gradients early, which sums over scales prevent
         for module in modules.values():
             module.compile(dynamic=False)  # in place: the names of the tensors stay; one graph a scale
@@ -101,6 +102,8 @@ def train(
     train_mode(network)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     health, healthy = torch.zeros((), dtype=torch.float64, device=device), done  # not finite once a loss was not
+    skips = config.on_nonfinite_loss == "skip"
+    buffers = [tensor for module in modules.values() for tensor in module.buffers()] if skips else []
     bar = tqdm(total=steps, initial=done, desc=stage, unit="step", dynamic_ncols=True, disable=log is None)
     saved: Future[Path] | None = None
     with bar, deterministic(config), ThreadPoolExecutor(1) as writer:
@@ -111,6 +114,7 @@ def train(
             save = last or (step + 1) % schedule.checkpoint_every == 0
             torch.manual_seed(int(np.random.SeedSequence((config.seed, step, rank())).generate_state(1)[0]))
             lr = set_lr(optimizer, section.optimizer, step / steps)
+            kept = [tensor.clone() for tensor in buffers]
             with autocast(run):
                 value, values = loss(wrapped, to_device(batch, device), step, report)
             optimizer.zero_grad()
@@ -121,17 +125,18 @@ def train(
             # Looking waits for the device, so on CUDA a run that stops looks only where it waits anyway. The scaler of
             # fp16 provokes gradients that overflow and leaves out their steps by itself.
             health += value.detach() if scaler.is_enabled() else value.detach() + norm
-            skips = config.on_nonfinite_loss == "skip"
             look = skips or report or save or device.type == "cpu"
             bad = look and not sum_over(health).isfinite()
             if bad and not skips:
                 raise RuntimeError(
                     f"The loss or its gradient was not finite in the steps {healthy + 1} to {step + 1} of {stage}; the "
-                    f"checkpoint before is intact. Lower {SECTIONS[stage]}.optimizer.lr, set its clip, or set "
-                    "on_nonfinite_loss: skip to leave such steps out."
+                    "checkpoint before is intact. To go on from it without such steps set on_nonfinite_loss: skip; or "
+                    f"begin again, in another --out, with a lower {SECTIONS[stage]}.optimizer.lr or a clip."
                 )
             if bad:
                 health.zero_()
+                for changed, before in zip(buffers, kept, strict=True):  # by the forward pass
+                    changed.copy_(before)
                 warnings.warn(f"step {step + 1} of {stage} is left out: its loss is not finite", stacklevel=2)
             else:
                 scaler.step(optimizer)
@@ -179,7 +184,8 @@ def train_mode(network: nn.Module) -> None:
 
 
 def total_steps(schedule: Schedule, images: int) -> int:
-    return schedule.iterations or max(1, round(schedule.epochs * images / schedule.batch))
+    steps = round(schedule.epochs * images / schedule.batch) if schedule.iterations is None else schedule.iterations
+    return max(1, steps)
 
 
 def gate_step(gate: Gate, schedule: Schedule, images: int) -> int:
