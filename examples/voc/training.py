@@ -7,7 +7,7 @@ import io
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -75,30 +75,13 @@ def train(
     optimizer = build_optimizer(network, section.optimizer, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     settings = fingerprint(run, stage, samples)
-
-    done = 0
-    if (state := load_checkpoint(folder, map_location=device)) is not None:
-        check_settings(folder, state["settings"], settings)
-        done = int(state["step"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-        del state
-    barrier()  # all have read before one writes
+    parts: dict[str, Any] = {"optimizer": optimizer, "scaler": scaler, **modules}
+    done = resume(folder, settings, parts, device)
     log = Log(folder, done, tensorboard=config.tensorboard) if rank() == 0 else None
 
     if config.compile:
-        torch.compiler.reset()  # all networks share one limit of graphs; past it the last stage would run uncompiled
-        dynamo.config.cache_size_limit = 32  # graphs: scales of the student, of the teacher, in training and not
-        dynamo.config.optimize_ddp = False  # it splits graphs to send gradients early, which sums over scales prevent
-        for module in modules.values():
-            module.compile(dynamic=False)  # in place: the names of the tensors stay; one graph a scale
-    wrapped: nn.Module = network
-    if world_size() > 1:
-        with warnings.catch_warnings():  # newer torch has another name, which older does not know
-            warnings.filterwarnings("ignore", "`?broadcast_buffers", FutureWarning)
-            wrapped = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        compile_in_place(modules.values())
+    wrapped = data_parallel(network)
     train_mode(network)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     health, healthy = torch.zeros((), dtype=torch.float64, device=device), done  # not finite once a loss was not
@@ -154,8 +137,8 @@ def train(
                     log.write(step + 1, {"epoch": epoch, "lr": lr, "images_per_s": rate * schedule.batch, **figures})
             if save and log is not None:
                 log.show(step + 1, pictures() if config.tensorboard else {})
-                state = {"step": step + 1, "settings": settings, "optimizer": optimizer.state_dict()}
-                state |= {"scaler": scaler.state_dict(), **{name: m.state_dict() for name, m in modules.items()}}
+                state = {"step": step + 1, "settings": settings}
+                state |= {name: part.state_dict() for name, part in parts.items()}
                 if saved is not None:
                     saved.result()  # or its error
                 copy = tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True), state)
@@ -169,6 +152,35 @@ def train(
     run.finish(stage, steps=steps)
     if rank() == 0:
         remove_checkpoints(folder)
+
+
+def resume(folder: Path, settings: Mapping[str, str], parts: Mapping[str, Any], device: torch.device) -> int:
+    """Load the newest checkpoint's states into `parts`, where there is one; returns the steps done."""
+    state = load_checkpoint(folder, map_location=device)
+    if state is not None:
+        check_settings(folder, state["settings"], settings)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    barrier()  # all have read before one writes
+    return 0 if state is None else int(state["step"])
+
+
+def compile_in_place(modules: Iterable[nn.Module]) -> None:
+    """Compile the modules; the names of their tensors stay."""
+    torch.compiler.reset()  # all networks share one limit of graphs; past it the last stage would run uncompiled
+    dynamo.config.cache_size_limit = 32  # graphs: scales of the student, of the teacher, in training and not
+    dynamo.config.optimize_ddp = False  # it splits graphs to send gradients early, which sums over scales prevent
+    for module in modules:
+        module.compile(dynamic=False)  # one graph a scale
+
+
+def data_parallel(network: nn.Module) -> nn.Module:
+    """Return the network under DDP, in one process the network itself."""
+    if world_size() == 1:
+        return network
+    with warnings.catch_warnings():  # newer torch has another name, which older does not know
+        warnings.filterwarnings("ignore", "`?broadcast_buffers", FutureWarning)
+        return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def train_mode(network: nn.Module) -> None:
