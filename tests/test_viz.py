@@ -196,6 +196,9 @@ def test_threshold_curves_marks_the_best(monkeypatch):
     one, two = viz.threshold_curves({"a": (t, score)}), viz.threshold_curves({"a": (t, score), "b": (t, score + 0.1)})
     assert one.shape == (367, 560, 3)
     assert (one != two).any()
+    narrow = viz.threshold_curves({"a": (t, 0.1 + t / 50), "b": (t, 1 - t / 50)})
+    assert (narrow[:, :4] == 255).all()  # "12.25" as a tick pushes no label out
+    assert (viz.threshold_curves({"a": (t, 0.1 + t / 50)})[:, :4] == 255).all()
     assert viz.threshold_curves({"a": (torch.tensor(t), torch.tensor(score))}, width=300).shape == (206, 300, 3)
     assert viz.threshold_curves({"a": (t, np.where(t > 0.5, np.nan, score))}).shape == (367, 560, 3)
 

@@ -691,8 +691,9 @@ def test_tables(shapes: Path, tiny: Path, tmp_path: Path, call: Call) -> None:
     for word in ("train.txt", "seeds 0, 1", "3 iterations", "(6 images)", "46.0"):
         assert word in text
     assert (tmp_path / "out" / "table5.csv").read_text().startswith("row,column,seed,value,paper")
-    with Image.open(tmp_path / "out" / "table5.png") as picture:
-        assert picture.size[0] > 500
+    for name in ("table5.png", "table5-curves.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert picture.size[0] > 500
     made = {path.name for path in (tmp_path / "out" / "rows").iterdir()}
     assert made == {"start", "baseline", "MAM+RCM"}
     settings = [yaml.safe_load((tmp_path / f"out/rows/{row}/seed-1/config.yaml").read_text()) for row in sorted(made)]

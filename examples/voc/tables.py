@@ -5,7 +5,8 @@
 NAME is one of {names}, or all. Every row is a run of its own, OUT/rows/ROW/seed-SEED, made by run.py's stages:
 a killed table continues, and tables share rows. Rows differ in their losses alone: data, schedule, classification
 scales and number of iterations are the config's. With --start FILE every row of a seed continues from one network that
-is trained with that config on top and without the modules. Writes OUT/NAME.md, .csv and .png.
+is trained with that config on top and without the modules. Writes OUT/NAME.md, .csv and .png, and the CAMs' mIoU over
+thresholds as OUT/NAME-curves.png.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ import torch
 from config import Config
 from evaluate import paper_figures
 from parallel import process_group, rank
+from PIL import Image
 from run import STAGES, add_options, check, data_root, default_config, execute, guarded, load_config
 from runfolder import UserError, open_run
 from stages import Run
 from storage import write_atomic
+
+from pixelss import viz
 
 Figures = dict[str, dict[str, list[float]]]  # row, column, one percentage a seed
 THRESHOLDS = [0.1, 0.15, 0.2, 0.25, 0.3, 0.35]
@@ -191,6 +195,17 @@ def plot(name: str, figures: Figures, runs: dict[str, list[Run]], caption: str, 
     write_atomic(path, picture.getvalue())
 
 
+def plot_curves(runs: dict[str, list[Run]], path: Path) -> None:
+    """Draw the CAMs' mIoU over the background threshold, a curve a row, of its first seed."""
+    curves = {}
+    for row, (run, *_) in runs.items():
+        curve = json.loads((run.folder("score_cam") / "scores.json").read_text())["curve"]
+        curves[f"{row}, seed {run.config.seed}"] = curve["thresholds"], curve["miou"]
+    picture = io.BytesIO()
+    Image.fromarray(viz.threshold_curves(curves, width=800)).save(picture, "PNG")
+    write_atomic(path, picture.getvalue())
+
+
 def caption_of(name: str, run: Run, seeds: list[int]) -> str:
     """Return title, split, seeds and setting."""
     config, cam = run.config, run.config.cam
@@ -240,6 +255,7 @@ def main() -> None:
                 caption = caption_of(name, runs[rows[-1]][0], options.seeds)
                 print(write_table(name, figures, caption, options.seeds, options.out))
                 plot(name, figures, runs, caption, options.out / f"{name}.png")
+                plot_curves(runs, options.out / f"{name}-curves.png")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def threshold_curves(
     check_number("width", width, low=200, high=10_000)
     plot, key = round(0.62 * width), 20 * -(-len(curves) // 2)  # two names a line, above the plot
     figure = _figure(width, plot + key)
-    axes = figure.add_axes((60 / width, 50 / (plot + key), 1 - 75 / width, (plot - 60) / (plot + key)))
+    axes = figure.add_axes((75 / width, 50 / (plot + key), 1 - 90 / width, (plot - 60) / (plot + key)))
     for i, (name, (thresholds, scores)) in enumerate(curves.items()):
         x = as_tensor(name, thresholds).double()
         (T,) = check_tensor(f"curves[{name!r}] thresholds", x, "T")
