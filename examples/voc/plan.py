@@ -46,8 +46,9 @@ def missing(config: Config, root: Path, stages: list[str]) -> list[str]:
             if len(lacking) > (0 if config.data.on_bad_file == "stop" else len(stems) - 1):
                 first = " or ".join(str(root / place.format(lacking[0])) for place in places)
                 faults.append(f"{len(lacking)} of {len(stems)} {what} of {name}.txt are missing, the first: {first}.")
+    trains = any(stage.startswith("train") for stage in stages)
     for setting, path in (("network.weights", config.network.weights), ("cam.start_from", config.cam.start_from)):
-        if path and not path.exists():
+        if trains and path and not path.exists():
             faults.append(f"{setting} is {path}, which does not exist.")
     if config.tensorboard and not importlib.util.find_spec("tensorboard"):
         faults.append("tensorboard is true, but the package is missing: python -m pip install tensorboard.")
