@@ -307,9 +307,9 @@ def test_settings_of_stages_that_have_not_begun_may_change(shapes: Path, tmp_pat
     for name, value, folders in (
         ("cam.threshold", 0.3, "it:"),
         ("seed", 1, "it:"),
-        ("infer_cam.scales", [1.0], "infer_cam in it:"),
+        ("infer_cam.scales", [1.0], "infer_cam, score_cam in it:"),
         ("infer_cam.crf", "null", "score_cam in it:"),
-        ("data.score", "val", "infer_cam in it:"),
+        ("data.score", "val", "infer_cam, score_cam in it:"),
     ):
         with pytest.raises(UserError, match=f"or remove {folders}\n  {name}") as caught:
             reopen(**changes, **{name: value})
@@ -318,6 +318,9 @@ def test_settings_of_stages_that_have_not_begun_may_change(shapes: Path, tmp_pat
     shutil.rmtree(made.folder("train_cam"))
     with pytest.raises(UserError, match=r"or remove infer_cam, score_cam in it:\n  cam\.threshold"):  # made of it
         reopen(**changes, **{"cam.threshold": 0.3})
+    shutil.rmtree(made.folder("infer_cam"))
+    with pytest.raises(UserError, match=r"or remove score_cam in it:\n  data\.score"):  # of the CAMs that were there
+        reopen(**changes, **{"data.score": "val"})
     (made.folder("train_affinity") / "labels" / "low").mkdir(parents=True)
     reopen(**changes)
     (made.folder("train_affinity") / "labels" / "low" / "a.png").write_bytes(b"")
@@ -484,7 +487,7 @@ def test_out_of_memory_names_the_setting(
         raise error
 
     monkeypatch.setitem(STAGES, "train_cam", (fill, STAGES["train_cam"][1]))
-    with pytest.raises(UserError, match=r"train_cam: lower cam.schedule.batch or cam.augment.crop, or workers"):
+    with pytest.raises(UserError, match=r"train_cam: lower cam.schedule.batch or cam.augment.crop; or workers"):
         execute(new_run(shapes, tmp_path, weights=False), ["train_cam"])
 
 

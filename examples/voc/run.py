@@ -47,8 +47,8 @@ STAGES: dict[str, tuple[Callable[[Run], None], str]] = {
     "make_labels": (make_labels, "the size of the images"),
     "train_seg": (train_seg, "seg.schedule.batch or seg.augment.crop"),
     "infer_seg": (infer_seg, "seg.max_batch or seg.tile"),
-    "evaluate": (evaluate, "nothing: it holds two masks at a time"),
-    "export_test": (export_test, "nothing: it holds the archive alone"),
+    "evaluate": (evaluate, "the size of the images"),
+    "export_test": (export_test, "the number of test images, whose archive is made in memory"),
 }
 _NO_MEMORY = ("allocate memory", "DataLoader worker")  # how torch tells of it without a GPU
 
@@ -88,7 +88,7 @@ def execute(run: Run, stages: Sequence[str]) -> None:
             known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
             if not known and not any(words in str(error) for words in _NO_MEMORY):
                 raise
-            raise UserError(f"Out of memory in {stage}: lower {memory}, or workers. ({error})") from error
+            raise UserError(f"Out of memory in {stage}: lower {memory}; or workers. ({error})") from error
         if rank() == 0:
             log_stage(run.out, stage, time.perf_counter() - start)
 

@@ -80,6 +80,7 @@ def _begun_with(out: Path, name: str) -> list[str]:
     """Return the stages that have begun with the setting `name`, by themselves or through what they read."""
     prefixes = [prefix for prefix in _DECIDES if f"{name}.".startswith(f"{prefix}.")]
     decided = {_DECIDES[max(prefixes, key=len)] if prefixes else "train_cam"}
+    decided |= {"score_cam"} if "infer_cam" in decided else set()  # which reads its files where they are
     for stage, needs in NEEDS.items():
         decided |= {stage} if decided & set(needs) else set()
     return [stage for stage in NEEDS if stage in decided and any(p.is_file() for p in (out / stage).rglob("*"))]
