@@ -24,7 +24,7 @@ from data import VOCFolder
 from inference import autocast
 from networks import build_cam
 from parallel import process_group, rank, share
-from run import check, default_config, guarded, load_config
+from run import HERE, check, guarded, load_config
 from runfolder import UserError
 from stages import Run
 from tqdm import tqdm
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, action="append", help="of settings; several: later ones on top")
     parser.add_argument("--debug", action="store_true", help="errors with a traceback, as PIXELSS_DEBUG=1")
     options, settings = parser.parse_known_args(sys.argv[1:])
-    config = load_config(options.config or default_config(options.data), settings)
+    config = load_config(options.config or [HERE / "paper.yaml"], settings)
     with process_group(config.device if torch.cuda.is_available() else "cpu") as device:
         check(config, Path(options.data), ["score_cam"])
         run = Run(config, VOCFolder(Path(options.data), config.data.classes), Path(), device)

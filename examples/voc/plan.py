@@ -38,7 +38,7 @@ def missing(config: Config, root: Path, stages: list[str]) -> list[str]:
             stems = read_list(root, name)
         except (FileNotFoundError, BadFileError) as error:
             optional = [field for field in ("score", "val", "test") if getattr(config.data, field) == name]
-            hint = f" Set data.{optional[0]} to null to go without." if optional and name != config.data.train else ""
+            hint = f" Where there is none, data.{optional[0]}: null." if optional and name != config.data.train else ""
             faults.append(str(error) + hint)
             continue
         for what, places in needs.items():
@@ -102,8 +102,10 @@ def cost(config: Config, data: VOCFolder, stages: Sequence[str]) -> dict[str, fl
         "train_affinity": lambda: passes(affinity.schedule, affinity.augment.crop, (1.0,), 3),
         "make_labels": lambda: images(lists.train, lists.score) * _IMAGE_PIXELS,
         "train_seg": lambda: passes(seg.schedule, seg.augment.crop, seg.scales, 3),
-        "infer_seg": lambda: images(lists.val, lists.test) * flipped(seg.test_scales),
+        "infer_seg": lambda: (images(lists.val) + images(lists.test)) * flipped(seg.test_scales),
     }
+    if "infer_cam" not in stages:
+        pixels["score_cam"] = lambda: images(lists.score) * flipped(config.infer_cam.scales)
     return {stage: pixels[stage]() * _TFLOP_PER_PIXEL for stage in stages if stage in pixels}
 
 

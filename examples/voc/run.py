@@ -50,7 +50,7 @@ STAGES: dict[str, tuple[Callable[[Run], None], str]] = {
     "evaluate": (evaluate, "the size of the images"),
     "export_test": (export_test, "the number of test images, whose archive is made in memory"),
 }
-_NO_MEMORY = ("allocate memory", "DataLoader worker")  # how torch tells of it without a GPU
+_NO_MEMORY = ("can't allocate memory", "is killed by signal: Killed", "Bus error")  # of the CPU, a worker, its pipe
 
 
 def load_config(files: Sequence[Path], settings: Sequence[str] = ()) -> Config:

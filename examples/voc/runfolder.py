@@ -33,6 +33,7 @@ _DECIDES = {
     "data.test": "infer_seg",
     "cam": "train_cam",
     "infer_cam.scales": "infer_cam",
+    "infer_cam.single_scales": "infer_cam",
     "infer_cam": "score_cam",
     "affinity": "train_affinity",
     "make_labels": "make_labels",
@@ -48,7 +49,7 @@ class UserError(Exception):
 
 
 def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run:
-    """Make or reopen a run folder; other settings than those of stages that have begun are refused, naming them."""
+    """Make or reopen a run folder; another setting than a stage has begun with is refused, and named."""
     if config.deterministic:  # cuBLAS reads it at its first product, in whatever stage this start begins
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     settings = json.loads(json.dumps(asdict(config), default=str))  # tuples as lists, paths as strings

@@ -94,7 +94,7 @@ def run_row(row: str, seed: int, options: argparse.Namespace, root: Path, device
     if options.start:
         alone = [f"--{key}={value}" for key, value in ROWS["baseline"].items()]
         on_top = f"--config={options.start}"  # of this command's settings too, which are meant for the rows
-        config = load_config(options.config, [*options.settings, *alone, on_top, f"--seed={seed}"])
+        config = load_config(options.config, [*options.settings, on_top, *alone, f"--seed={seed}"])
         check(config, root, ["train_cam"])
         execute(open_run(config, root, _folder(options.out, "start", seed), device), ["train_cam"])
     config = config_of(row)
@@ -239,8 +239,9 @@ def main() -> None:
     options.settings = [*settings, "--infer_cam.single_scales=true"]  # for table 5, so that tables share rows
     wanted = list(TABLES) if options.name == "all" else [options.name]
     config = load_config(options.config, settings)
-    if config.data.score is None:
-        raise UserError("data.score must name a list with masks, but is null: the tables hold scores.")
+    for field in ("score", "val") if "table4" in wanted else ("score",):
+        if getattr(config.data, field) is None:
+            raise UserError(f"data.{field} must name a list with masks, but is null: the tables hold scores.")
     with process_group(config.device if torch.cuda.is_available() else "cpu") as device:
         root = data_root(options.data, options.out)
         if rank() == 0:

@@ -114,7 +114,7 @@ def train(
                 raise RuntimeError(
                     f"The loss or its gradient was not finite in the steps {healthy + 1} to {step + 1} of {stage}; the "
                     "checkpoint before is intact. To go on from it without such steps set on_nonfinite_loss: skip; or "
-                    f"begin again, in another --out, with a lower {SECTIONS[stage]}.optimizer.lr or a clip."
+                    f"remove {folder} and begin again with a lower {SECTIONS[stage]}.optimizer.lr or a clip."
                 )
             if bad:
                 health.zero_()
@@ -258,9 +258,7 @@ def check_settings(folder: Path, saved: Mapping[str, str], current: Mapping[str,
     names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
     if names:
         changes = "; ".join(f"{name} was {saved.get(name)}, is {current.get(name)}" for name in names)
-        raise ValueError(
-            f"{folder} holds a run begun with other settings: {changes}. Set them back or use another --out."
-        )
+        raise ValueError(f"{folder} holds a run begun with other settings: {changes}. Set them back, or remove it.")
 
 
 class Log:
