@@ -28,15 +28,15 @@ def literal_contrastive(features: Tensor, mask: Tensor, prototypes: Tensor) -> T
     return cross_entropy(z, mask)
 
 
-def literal_attentive(student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> Tensor:
+def literal_attentive(student: list[Tensor], teacher: list[Tensor], tags: Tensor) -> Tensor:
     """Eq. 6-8 over all N classes, the absent ones multiplied by zero."""
     loss = student[0].new_zeros(())
     for a in student:
         with torch.no_grad():
             xi = [2 - cosine_similarity(a.flatten(2), g.flatten(2), dim=-1)[:, :, None, None] for g in teacher]
             target = sum(x * g for x, g in zip(xi, teacher, strict=True)) / len(teacher)
-        loss = loss + ((a - target).abs() * labels[:, :, None, None]).sum()
-    return loss / (labels.sum() * student[0][0, 0].numel())
+        loss = loss + ((a - target).abs() * tags[:, :, None, None]).sum()
+    return loss / (tags.sum() * student[0][0, 0].numel())
 
 
 def contrastive_step(way: str, device: str) -> Step:
@@ -53,13 +53,13 @@ def contrastive_step(way: str, device: str) -> Step:
 
 
 def attentive_step(way: str, classes: int, pairs: int, device: str) -> Step:
-    labels = torch.zeros(B, classes)
-    labels[:, :pairs] = 1
+    tags = torch.zeros(B, classes)
+    tags[:, :pairs] = 1
     cams = [torch.rand(B, classes, PIXELS, PIXELS, device=device) for _ in range(2 * SCALES)]
     student, teacher = [cam.requires_grad_() for cam in cams[:SCALES]], cams[SCALES:]
     loss = literal_attentive if way == "literal" else pixelss.multi_scale_attentive_loss
-    labels = labels.to(device) if way == "literal" else labels
-    return lambda: torch.autograd.grad(loss(student, teacher, labels), student)
+    tags = tags.to(device) if way == "literal" else tags
+    return lambda: torch.autograd.grad(loss(student, teacher, tags), student)
 
 
 GROUPS = {

@@ -31,26 +31,26 @@ LEGEND = {name: PALETTE[k] for k, name in enumerate(CLASSES, start=1)}
 
 def prepare() -> None:
     """Train the small network, and keep what the functions below share."""
-    global student, scene, image, images, labels, masks, outputs, cam, mask, bank
+    global student, scene, image, images, tags, masks, outputs, cam, mask, bank
     student = trained()
     scene = [s for s in scenes(40, seed=1) if len(set(s.names)) == 2][:2]
     image = [s.image for s in scene]
-    images, labels, masks = batch(scene)
+    images, tags, masks = batch(scene)
     with torch.no_grad():
         outputs = pixelss.multi_scale_forward(student, images)
-    cam = pixelss.msinf_cam([o.cam for o in outputs], labels)
-    mask = pixelss.class_region_mask(cam, labels, threshold=0.4)
+    cam = pixelss.msinf_cam([o.cam for o in outputs], tags)
+    mask = pixelss.class_region_mask(cam, tags, threshold=0.4)
     bank = pixelss.PrototypeBank(len(CLASSES))
-    many, tags, _ = batch(scenes(32, seed=2))
+    many, many_tags, _ = batch(scenes(32, seed=2))
     with torch.no_grad():
         wide = pixelss.multi_scale_forward(student, many)
-    seen = pixelss.class_region_mask(pixelss.msinf_cam([o.cam for o in wide], tags), tags, threshold=0.4)
+    seen = pixelss.class_region_mask(pixelss.msinf_cam([o.cam for o in wide], many_tags), many_tags, threshold=0.4)
     bank.update(wide[1].features, seen)
 
 
 def cam_picture() -> viz.Pixels:
     rows, names = [], []
-    for b, k in labels.nonzero().tolist():
+    for b, k in tags.nonzero().tolist():
         single = [pixelss.normalize_cam(o.cam)[b, k] for o in outputs]
         rows.append([image[b], *(viz.overlay_cam(image[b], c) for c in [*single, cam[b, k]])])
         names.append(CLASSES[k])
@@ -60,7 +60,7 @@ def cam_picture() -> viz.Pixels:
 def region_picture() -> viz.Pixels:
     rows = []
     for b in range(2):
-        regions = [pixelss.class_region_mask(cam, labels, threshold=t)[b] for t in (0.1, 0.2, 0.4)]
+        regions = [pixelss.class_region_mask(cam, tags, threshold=t)[b] for t in (0.1, 0.2, 0.4)]
         heat = viz.overlay_cam(image[b], cam[b].amax(0))
         rows.append([image[b], heat, *(viz.overlay_mask(image[b], m) for m in [*regions, masks[b]])])
     titles = ["image", "strongest CAM", "threshold 0.1", "0.2", "0.4", "truth"]
@@ -91,7 +91,7 @@ def contrastive_picture() -> viz.Pixels:
 
 
 def attentive_picture() -> viz.Pixels:
-    b, k = labels.nonzero()[1].tolist()
+    b, k = tags.nonzero()[1].tolist()
     cams = torch.stack([pixelss.normalize_cam(o.cam)[b, k, None] for o in outputs])  # (S, P, H, W), here P = 1
     plain, target = (pixelss.attentive_target(cams, cams, attentive=a) for a in (False, True))
     rows = [[viz.overlay_cam(image[b], c[s, 0]) for s in range(3)] for c in (cams, plain, target)]
@@ -110,7 +110,7 @@ def teacher_picture() -> viz.Pixels:
         teacher.update(noisy)
         if step >= 27:
             columns.append([pixelss.normalize_cam(net(images).cam.detach()) for net in (noisy, teacher)])
-    b, k = labels.nonzero()[0].tolist()
+    b, k = tags.nonzero()[0].tolist()
     rows = [[viz.overlay_cam(image[b], column[i][b, k]) for column in columns] for i in range(2)]
     return viz.grid(rows, titles=["step 28", "step 29", "step 30"], names=["student", "teacher"], heat="CAM")
 
@@ -125,12 +125,12 @@ def crf_picture() -> viz.Pixels:
 
 
 def affinity_picture() -> viz.Pixels:
-    many, tags, _ = batch(scenes(48, seed=3))
+    many, many_tags, _ = batch(scenes(48, seed=3))
     double = torch.nn.functional.interpolate(torch.cat([images, many]), scale_factor=2, mode="bilinear")
     with torch.no_grad():  # features of two depths at 24 x 24 cells, and the CAM there
         half = student[0][:9](double)  # after the third convolution
         deep = student[0][9:](half)
-        small = pixelss.msinf_cam([student[1](deep).cam], torch.cat([labels, tags]))
+        small = pixelss.msinf_cam([student[1](deep).cam], torch.cat([tags, many_tags]))
     low, high = (torch.cat([pixelss.background_score(small, alpha=a), small], 1).argmax(1) for a in (1, 6))
     head = pixelss.AffinityHead((128, 128), dims=(32, 64))
     optimizer, pairs = torch.optim.Adam(head.parameters(), lr=0.003), pixelss.affinity_labels(low, high)
@@ -144,7 +144,7 @@ def affinity_picture() -> viz.Pixels:
     with torch.no_grad():
         walked = pixelss.random_walk(scores, head([half[:2], deep[:2]]), log_steps=4)
     rows, names = [], []
-    for b, k in labels.nonzero().tolist():
+    for b, k in tags.nonzero().tolist():
         stages = [s[b, k + 1] / s[b, k + 1].max() for s in (scores, walked)]
         rows.append([image[b], *(viz.overlay_cam(image[b], s) for s in stages)])
         names.append(CLASSES[k])
@@ -153,9 +153,9 @@ def affinity_picture() -> viz.Pixels:
 
 def segmentation_picture() -> viz.Pixels:
     pool = scenes(48, seed=3)
-    many, tags, _ = batch(pool)
+    many, many_tags, _ = batch(pool)
     with torch.no_grad():
-        seeds = pixelss.msinf_cam([o.cam for o in pixelss.multi_scale_forward(student, many)], tags)
+        seeds = pixelss.msinf_cam([o.cam for o in pixelss.multi_scale_forward(student, many)], many_tags)
     probs = torch.cat([pixelss.background_score(seeds, alpha=2), seeds], dim=1)
     levels = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1) for s in pool])
     pseudo = pixelss.dense_crf(levels, probs, bilateral=(20.0, 13.0, 10.0)).argmax(1)

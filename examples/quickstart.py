@@ -71,7 +71,7 @@ class VOCFolder:
         names = {stem: self.names(stem) for stem in self.trained + self.scored}
         listed = root / "classes.txt"
         self.classes = listed.read_text().splitlines() if listed.exists() else sorted(set().union(*names.values()))
-        self.labels = {s: torch.tensor([float(c in tags) for c in self.classes]) for s, tags in names.items()}
+        self.tags = {s: torch.tensor([float(c in tags) for c in self.classes]) for s, tags in names.items()}
 
     def names(self, stem: str) -> set[str]:
         objects = ET.parse(self.root / "Annotations" / f"{stem}.xml").iterfind("object/name")
@@ -102,7 +102,7 @@ class VOCFolder:
                 pixels = pixels.narrow(axis, rng.integers(slack + 1), args.crop) if slack > 0 else pixels
             top, left = (rng.integers(args.crop - side + 1) for side in pixels.shape[1:])
             canvas[:, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
-        return images, torch.stack([self.labels[stem] for stem in stems])
+        return images, torch.stack([self.tags[stem] for stem in stems])
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Sequential:
@@ -148,13 +148,13 @@ def train(model: nn.Sequential, data: VOCFolder, args: argparse.Namespace, seed:
         for step in range(start, start + steps):
             images, tags = upcoming.result()
             upcoming = pool.submit(data.batch, seed, step + 1, args)
-            images, labels = images.to(args.device, memory_format=torch.channels_last), tags.to(args.device)
+            images, tags = images.to(args.device, memory_format=torch.channels_last), tags.to(args.device)
             student_out = pixelss.multi_scale_forward(model, images, scales=TRAIN_SCALES)
-            loss = torch.stack([binary_cross_entropy_with_logits(o.logits, labels) for o in student_out]).mean()
+            loss = torch.stack([binary_cross_entropy_with_logits(o.logits, tags) for o in student_out]).mean()
             if "+" in row:
                 teacher_out = pixelss.multi_scale_forward(teacher, images, scales=TRAIN_SCALES)
             if "RCM" in row:
-                mask = region(pixelss.msinf_cam([o.cam for o in teacher_out], labels), labels)
+                mask = region(pixelss.msinf_cam([o.cam for o in teacher_out], tags), tags)
                 bank.update(teacher_out[1].features, mask)
                 loss = loss + rcl(student_out[1].features, mask, bank.prototypes, bank.filled)
             if "MAM" in row:
@@ -173,10 +173,10 @@ def train(model: nn.Sequential, data: VOCFolder, args: argparse.Namespace, seed:
 @torch.no_grad()
 def infer(model: nn.Module, data: VOCFolder, stem: str, device: str) -> list[Tensor]:
     """The CAM of all scales together and of every single one, each with its flip, at the image's size."""
-    image, labels = (x.to(device)[None] for x in (data.tensor(data.image(stem)), data.labels[stem]))
+    image, tags = (x.to(device)[None] for x in (data.tensor(data.image(stem)), data.tags[stem]))
     outputs = pixelss.multi_scale_forward(model, torch.cat([image, image.flip(-1)]), scales=SCORE_SCALES)
     pairs = [[o.cam[:1], o.cam[1:].flip(-1)] for o in outputs]
-    return [pixelss.msinf_cam(cams, labels) for cams in ([cam for pair in pairs for cam in pair], *pairs)]
+    return [pixelss.msinf_cam(cams, tags) for cams in ([cam for pair in pairs for cam in pair], *pairs)]
 
 
 def score(model: nn.Module, data: VOCFolder, args: argparse.Namespace, desc: str) -> list[float]:
@@ -203,14 +203,14 @@ def print_table(results: dict[str, list[list[float]]]) -> None:
 
 def save_picture(models: dict[str, nn.Sequential], data: VOCFolder, args: argparse.Namespace) -> None:
     """Image, truth and the strongest CAM of every row, for the four scored images of the most classes."""
-    stems = sorted(data.scored[: args.score_images], key=lambda stem: -data.labels[stem].sum().item())[:4]
+    stems = sorted(data.scored[: args.score_images], key=lambda stem: -data.tags[stem].sum().item())[:4]
     lines = []
     for stem in stems:
         image = np.asarray(data.image(stem))
         cams = (infer(model.eval(), data, stem, args.device)[0] for model in models.values())
         overlays = [viz.overlay_cam(image, cam.amax((0, 1)).cpu()) for cam in cams]
         lines.append([image, viz.overlay_mask(image, data.mask(stem)), *overlays])
-    shown = torch.stack([data.labels[stem] for stem in stems]).amax(0)
+    shown = torch.stack([data.tags[stem] for stem in stems]).amax(0)
     colours = zip(data.classes, viz.voc_palette()[1:], strict=False)
     legend = {name: colour for (name, colour), tag in zip(colours, shown, strict=True) if tag}
     titles = ["image", "truth", *models]

@@ -38,8 +38,8 @@ def scenes(count: int, *, seed: int, size: int = 96) -> list[Scene]:
 def batch(chosen: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
     """Return normalised images (B, 3, H, W), tags (B, N) and label maps (B, H, W)."""
     images = torch.from_numpy(np.stack([scene.image for scene in chosen])).permute(0, 3, 1, 2)
-    labels = torch.tensor([[float(name in scene.names) for name in CLASSES] for scene in chosen])
-    return (images / 255 - 0.45) / 0.25, labels, torch.from_numpy(np.stack([scene.mask for scene in chosen])).long()
+    tags = torch.tensor([[float(name in scene.names) for name in CLASSES] for scene in chosen])
+    return (images / 255 - 0.45) / 0.25, tags, torch.from_numpy(np.stack([scene.mask for scene in chosen])).long()
 
 
 def network(num_classes: int = len(CLASSES)) -> nn.Sequential:
@@ -65,11 +65,11 @@ def trained(steps: int = 200, *, cache: Path | None = CACHE) -> nn.Sequential:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
     for _ in range(steps):
-        images, labels, _ = batch([pool[i] for i in rng.choice(len(pool), 16, replace=False)])
+        images, tags, _ = batch([pool[i] for i in rng.choice(len(pool), 16, replace=False)])
         top, left = rng.integers(0, 17, 2)
         images = images[:, :, top : top + 80, left : left + 80]
         images = images.flip(-1) if rng.random() < 0.5 else images
-        loss = nn.functional.binary_cross_entropy_with_logits(model(images).logits, labels)
+        loss = nn.functional.binary_cross_entropy_with_logits(model(images).logits, tags)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

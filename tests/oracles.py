@@ -77,18 +77,18 @@ def normalize_cam(cam: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.stack(maps).view(cam.shape)
 
 
-def msinf_cam(cams: Sequence[Tensor], labels: Tensor, size: tuple[int, int]) -> Tensor:
+def msinf_cam(cams: Sequence[Tensor], tags: Tensor, size: tuple[int, int]) -> Tensor:
     """Multi-scale inferred CAM: resize raw, ReLU, sum over scales, absent classes zero, normalise."""
     total = sum(torch.relu(bilinear(active(cam), size)) for cam in cams)
-    return normalize_cam(total * (labels > 0).to(total)[:, :, None, None])
+    return normalize_cam(total * (tags > 0).to(total)[:, :, None, None])
 
 
-def class_region_mask(cam: Tensor, labels: Tensor, threshold: float) -> Tensor:
+def class_region_mask(cam: Tensor, tags: Tensor, threshold: float) -> Tensor:
     """Eq. 1-2: the present class of the largest activation (the lowest on a tie) where > threshold, else 0."""
     B, N, H, W = cam.shape
     mask = torch.zeros(B, H, W, dtype=torch.int64)
     for b, i, j in product(range(B), range(H), range(W)):
-        present = [k for k in range(N) if labels[b, k] > 0]
+        present = [k for k in range(N) if tags[b, k] > 0]
         values = [float(active(cam[b, k, i, j])) for k in present]
         if values and max(values) > threshold:
             mask[b, i, j] = 1 + present[values.index(max(values))]
@@ -103,12 +103,12 @@ def labelled(mask: Tensor, num_classes: int, ignore_index: int = 255) -> Iterato
             yield b, i, j, k
 
 
-def direct_loss(cam: Tensor, mask: Tensor, labels: Tensor, ignore_index: int = 255, eps: float = 2**-52) -> Tensor:
+def direct_loss(cam: Tensor, mask: Tensor, tags: Tensor, ignore_index: int = 255, eps: float = 2**-52) -> Tensor:
     """Direct self-supervision: BCE of CAM_k against [mask = k], mean over (present pair, valid pixel)."""
     terms = []
     for b, i, j, label in labelled(mask, cam.shape[1], ignore_index):
         for k in range(1, cam.shape[1] + 1):
-            if labels[b, k - 1] > 0:
+            if tags[b, k - 1] > 0:
                 p = active(cam[b, k - 1, i, j]).clamp(eps, 1 - eps)
                 terms.append(-torch.log(p if label == k else 1 - p))
     return sum(terms) / len(terms) if terms else cam.sum() * 0
@@ -197,14 +197,14 @@ def attentive_target(student: Tensor, teacher: Tensor, attentive: bool = True) -
 def multi_scale_attentive_loss(
     student_cams: Sequence[Tensor],
     teacher_cams: Sequence[Tensor],
-    labels: Tensor,
+    tags: Tensor,
     *,
     attentive: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
     """Eq. 8: L1 distance to the target, summed over student scales; mean over (present pair, pixel) or sum."""
     total, count = sum(active(cam).sum() for cam in student_cams) * 0, 0
-    for b, k in labels.gt(0).nonzero().tolist():
+    for b, k in tags.gt(0).nonzero().tolist():
         student = torch.stack([active(cam[b, k]) for cam in student_cams])[:, None]
         teacher = torch.stack([active(cam[b, k]) for cam in teacher_cams])[:, None]
         target = attentive_target(student, teacher, attentive)
@@ -214,13 +214,13 @@ def multi_scale_attentive_loss(
     return total / max(count, 1) if reduction == "mean" else total
 
 
-def multi_scale_cross_entropy(logits: Sequence[Tensor], labels: Tensor, ignore_index: int = 255) -> Tensor:
+def multi_scale_cross_entropy(logits: Sequence[Tensor], mask: Tensor, ignore_index: int = 255) -> Tensor:
     """CE of every scale, and of the largest logits of all where there are several: means over valid pixels, summed."""
-    maps = [bilinear(one, labels.shape[1:]) for one in logits]
+    maps = [bilinear(one, mask.shape[1:]) for one in logits]
     if len(maps) > 1:
         maps.append(functools.reduce(torch.maximum, maps))
     total = sum(one.sum() for one in maps) * 0
-    valid = list(labelled(labels, maps[0].shape[1] - 1, ignore_index))
+    valid = list(labelled(mask, maps[0].shape[1] - 1, ignore_index))
     for one, (b, i, j, k) in product(maps, valid):
         total = total - torch.log(torch.exp(one[b, k, i, j]) / torch.exp(one[b, :, i, j]).sum()) / len(valid)
     return total

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
     features: Tensor  # (B, D, h, w), >= 0 with exact zeros
     mask: Tensor  # (B, H, W), 0..N, void (255) and out-of-range values
-    labels: Tensor  # (B, N)
+    tags: Tensor  # (B, N)
     prototypes: Tensor  # (K, D)
     filled: Tensor  # (K,), not all
     raw: tuple[Tensor, ...]  # raw CAMs (B, N, *, *) of three sizes
@@ -67,15 +67,15 @@ def make_batch(
     for value, share in ((255, 0.1), (-1, 0.05), (N + 1, 0.05)):
         mask[uniform(B, H, W) < share] = value
     mask[1:2] = 255
-    labels = (uniform(B, N) < 0.6).long()
-    labels[:1, :1] = 1
-    labels[max(1, B - 1) :] = 0
+    tags = (uniform(B, N) < 0.6).long()
+    tags[:1, :1] = 1
+    tags[max(1, B - 1) :] = 0
     filled = uniform(N + 1) < 0.7
     filled[:3] = torch.tensor([True, False, True])[: N + 1]
     batch = Batch(
         features=(uniform(B, D, h, w) - 0.3).clamp(min=0),
         mask=mask,
-        labels=labels,
+        tags=tags,
         prototypes=uniform(N + 1, D),
         filled=filled,
         raw=tuple(4 * uniform(B, N, *size) - 2 for size in ((h, w), (2 * h, 2 * w + 1), (H, W))),

@@ -588,7 +588,7 @@ def test_offsets_refuse(name, value, error):
     [
         ("in_channels", (3, 0), ValueError),
         ("in_channels", (3, 4.0), TypeError),
-        ("in_channels", (), TypeError),
+        ("in_channels", (), ValueError),
         ("in_channels", 512, TypeError),
         ("dims", (2,), ValueError),
         ("dims", (2, -3), ValueError),

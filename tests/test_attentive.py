@@ -117,9 +117,9 @@ def test_target_is_not_clamped():
 def assert_loss_equals_the_loop(batch: Batch, dtype=torch.float64, device="cpu", **settings) -> None:
     S = len(batch.student)
     assert_matches(
-        lambda labels, *cams: multi_scale_attentive_loss(cams[:S], cams[S:], labels, **settings),
-        lambda labels, *cams: oracles.multi_scale_attentive_loss(cams[:S], cams[S:], labels, **settings),
-        batch.labels,
+        lambda tags, *cams: multi_scale_attentive_loss(cams[:S], cams[S:], tags, **settings),
+        lambda tags, *cams: oracles.multi_scale_attentive_loss(cams[:S], cams[S:], tags, **settings),
+        batch.tags,
         *batch.student,
         *batch.teacher,
         dtype=dtype,
@@ -146,11 +146,11 @@ def test_non_finite_values_count_as_no_activation(value, reduction):
 
 def test_loss_without_attention_is_an_l1_distance_to_the_mean():
     batch = make_batch()
-    labels = torch.ones_like(batch.labels)
+    tags = torch.ones_like(batch.tags)
     target = torch.stack(batch.teacher).mean(0)
     for reduction in ("mean", "sum"):
         expected = sum(functional.l1_loss(cam, target, reduction=reduction) for cam in batch.student)
-        actual = multi_scale_attentive_loss(batch.student, batch.teacher, labels, attentive=False, reduction=reduction)
+        actual = multi_scale_attentive_loss(batch.student, batch.teacher, tags, attentive=False, reduction=reduction)
         torch.testing.assert_close(actual, expected)
 
 
@@ -158,23 +158,23 @@ def test_loss_gradcheck_where_the_target_is_constant():
     batch = make_batch(image_size=(3, 4))
     students = [(cam + 0.01).requires_grad_() for cam in batch.student]
     assert torch.autograd.gradcheck(
-        lambda *cams: multi_scale_attentive_loss(cams, batch.teacher, batch.labels, attentive=False), students
+        lambda *cams: multi_scale_attentive_loss(cams, batch.teacher, batch.tags, attentive=False), students
     )
 
 
 @given(batch=batches())
 def test_gradient_is_the_sign_of_the_distance_to_the_target(batch):
     students = [cam.requires_grad_() for cam in batch.student]
-    multi_scale_attentive_loss(students, batch.teacher, batch.labels, reduction="sum").backward()
+    multi_scale_attentive_loss(students, batch.teacher, batch.tags, reduction="sum").backward()
     student, teacher = pairs(batch)
-    sign = (student - attentive_target(student, teacher)).sign() * batch.labels.flatten()[:, None, None]
+    sign = (student - attentive_target(student, teacher)).sign() * batch.tags.flatten()[:, None, None]
     for cam, expected in zip(students, sign, strict=True):
         torch.testing.assert_close(cam.grad, expected.view(cam.shape))
 
 
 @given(batch=batches(), attentive=st.booleans())
 def test_loss_is_zero_where_all_maps_are_equal(batch, attentive):
-    loss = multi_scale_attentive_loss([batch.cam] * 2, [batch.cam] * 3, batch.labels, attentive=attentive)
+    loss = multi_scale_attentive_loss([batch.cam] * 2, [batch.cam] * 3, batch.tags, attentive=attentive)
     assert loss.abs() < 1e-12
 
 
@@ -182,22 +182,22 @@ def test_loss_is_zero_where_all_maps_are_equal(batch, attentive):
 def test_teacher_and_absent_classes_get_no_gradient_and_have_no_influence(batch, reduction):
     for cam in (*batch.student, *batch.teacher):
         cam.requires_grad_()
-    loss = multi_scale_attentive_loss(batch.student, batch.teacher, batch.labels, reduction=reduction)
+    loss = multi_scale_attentive_loss(batch.student, batch.teacher, batch.tags, reduction=reduction)
     loss.backward()
     assert all(cam.grad is None for cam in batch.teacher)
-    assert not any(cam.grad[batch.labels == 0].any() for cam in batch.student)
-    absent = (batch.labels == 0)[:, :, None, None]
+    assert not any(cam.grad[batch.tags == 0].any() for cam in batch.student)
+    absent = (batch.tags == 0)[:, :, None, None]
     other = [[cam.masked_fill(absent, 0.5) for cam in cams] for cams in (batch.student, batch.teacher)]
-    torch.testing.assert_close(multi_scale_attentive_loss(*other, batch.labels, reduction=reduction), loss)
+    torch.testing.assert_close(multi_scale_attentive_loss(*other, batch.tags, reduction=reduction), loss)
 
 
 @given(batch=batches())
 def test_reductions_agree(batch):
     mean, total = (
-        multi_scale_attentive_loss(batch.student, batch.teacher, batch.labels, reduction=reduction)
+        multi_scale_attentive_loss(batch.student, batch.teacher, batch.tags, reduction=reduction)
         for reduction in ("mean", "sum")
     )
-    count = batch.labels.sum() * batch.cam[0, 0].numel()
+    count = batch.tags.sum() * batch.cam[0, 0].numel()
     torch.testing.assert_close(mean, total / count.clamp(min=1))
 
 
@@ -205,7 +205,7 @@ def test_no_tag_at_all_gives_a_zero_on_the_graph():
     batch = make_batch()
     students = [cam.requires_grad_() for cam in batch.student]
     for reduction in ("mean", "sum"):
-        loss = multi_scale_attentive_loss(students, batch.teacher, batch.labels * 0, reduction=reduction)
+        loss = multi_scale_attentive_loss(students, batch.teacher, batch.tags * 0, reduction=reduction)
         assert loss == 0
         loss.backward()
     assert not any(cam.grad.any() for cam in students)
@@ -214,7 +214,7 @@ def test_no_tag_at_all_gives_a_zero_on_the_graph():
 @pytest.mark.parametrize("settings", [{}, {"attentive": False, "reduction": "sum"}], ids=str)
 def test_module_equals_the_function(settings):
     batch = make_batch()
-    arguments = batch.student, batch.teacher, batch.labels
+    arguments = batch.student, batch.teacher, batch.tags
     module = MultiScaleAttentiveLoss(**settings)
     assert torch.equal(module(*arguments), multi_scale_attentive_loss(*arguments, **settings))
     assert all(f"{name}={value}" in repr(module).replace("'", "") for name, value in settings.items())
@@ -225,7 +225,7 @@ def test_module_equals_the_function(settings):
 
 MAPS = torch.rand(2, 4, 5, 6)
 CAM = torch.rand(2, 3, 4, 5)
-LABELS = torch.ones(2, 3)
+TAGS = torch.ones(2, 3)
 
 
 @pytest.mark.parametrize("function", [scale_dissimilarity, attentive_target])
@@ -263,17 +263,17 @@ def test_dissimilarity_and_target_refuse(function, name, value, error):
         ("teacher_cams", [CAM[:, :2]] * 2, ValueError),
         ("teacher_cams", [CAM[..., 1:]] * 2, ValueError),
         ("teacher_cams", [CAM, CAM.to("meta")], ValueError),
-        ("labels", LABELS[:1], ValueError),
-        ("labels", LABELS[:, :2], ValueError),
-        ("labels", LABELS[0], ValueError),
-        ("labels", LABELS.to("meta"), ValueError),
-        ("labels", [[1, 1, 1]] * 2, TypeError),
+        ("tags", TAGS[:1], ValueError),
+        ("tags", TAGS[:, :2], ValueError),
+        ("tags", TAGS[0], ValueError),
+        ("tags", TAGS.to("meta"), ValueError),
+        ("tags", [[1, 1, 1]] * 2, TypeError),
         ("reduction", "none", ValueError),
         ("attentive", "false", ValueError),
     ],
 )
 def test_loss_refuses(name, value, error):
-    arguments = {"student_cams": [CAM] * 2, "teacher_cams": [CAM] * 2, "labels": LABELS, name: value}
+    arguments = {"student_cams": [CAM] * 2, "teacher_cams": [CAM] * 2, "tags": TAGS, name: value}
     with pytest.raises(error, match=rf"\b{name}\b"):
         multi_scale_attentive_loss(**arguments)
 

@@ -90,7 +90,7 @@ def test_non_finite_value_counts_as_no_activation(value):
     assert torch.equal(actual, normalize_cam(zeroed))
     (actual**2).sum().backward()
     assert broken.grad.isfinite().all()
-    fused = [msinf_cam([*batch.raw[:2], cam], batch.labels, size=(4, 4)) for cam in (broken, zeroed)]
+    fused = [msinf_cam([*batch.raw[:2], cam], batch.tags, size=(4, 4)) for cam in (broken, zeroed)]
     assert torch.equal(*fused)
 
 
@@ -105,24 +105,24 @@ def test_msinf_cam_equals_the_loop(size, dtype, device):
         lambda *cams: msinf_cam(cams[:3], cams[3], size=size),
         lambda *cams: oracles.msinf_cam(cams[:3], cams[3], size),
         *batch.raw,
-        batch.labels,
+        batch.tags,
         dtype=dtype,
         device=device,
     )
 
 
 def test_msinf_cam_gradcheck():
-    *raw, labels = *make_batch(image_size=(3, 4)).raw, torch.tensor([[1, 0, 1]] * 3)
+    *raw, tags = *make_batch(image_size=(3, 4)).raw, torch.tensor([[1, 0, 1]] * 3)
     for cam in raw:
         cam.requires_grad_()
-    assert torch.autograd.gradcheck(lambda *cams: msinf_cam(cams, labels, size=(4, 3)), raw)
+    assert torch.autograd.gradcheck(lambda *cams: msinf_cam(cams, tags, size=(4, 3)), raw)
 
 
 @given(batch=batches())
 def test_msinf_cam_absent_classes_are_zero_and_peaks_one(batch):
-    cam = msinf_cam(batch.raw, batch.labels, size=(5, 4))
+    cam = msinf_cam(batch.raw, batch.tags, size=(5, 4))
     assert cam.shape[2:] == (5, 4)
-    assert not cam[batch.labels == 0].any()
+    assert not cam[batch.tags == 0].any()
     peaks = cam.amax((2, 3))
     assert ((peaks == 1) | (peaks == 0)).all()
 
@@ -130,14 +130,14 @@ def test_msinf_cam_absent_classes_are_zero_and_peaks_one(batch):
 @given(batch=batches())
 def test_msinf_cam_of_one_scale_normalises_the_present_classes(batch):
     cam = batch.raw[2]
-    expected = normalize_cam(cam) * batch.labels[:, :, None, None]
-    assert torch.equal(msinf_cam([cam], batch.labels), expected)
+    expected = normalize_cam(cam) * batch.tags[:, :, None, None]
+    assert torch.equal(msinf_cam([cam], batch.tags), expected)
 
 
 @given(batch=batches())
 def test_msinf_cam_does_not_depend_on_the_order_of_scales(batch):
     torch.testing.assert_close(
-        msinf_cam(batch.raw[::-1], batch.labels, size=(4, 6)), msinf_cam(batch.raw, batch.labels, size=(4, 6))
+        msinf_cam(batch.raw[::-1], batch.tags, size=(4, 6)), msinf_cam(batch.raw, batch.tags, size=(4, 6))
     )
 
 
@@ -223,7 +223,7 @@ def test_multi_scale_forward_trains_the_model_through_every_scale():
 # refusals
 
 RAW = torch.rand(2, 3, 4, 5)
-LABELS = torch.ones(2, 3)
+TAGS = torch.ones(2, 3)
 
 
 @pytest.mark.parametrize(
@@ -253,11 +253,11 @@ def test_normalize_cam_refuses_eps(eps):
         ("cams", [RAW, RAW.int()], TypeError),
         ("cams", [RAW, RAW[..., 1:]], ValueError),  # without a size all share one
         ("cams", [RAW, RAW.to("meta")], ValueError),
-        ("labels", LABELS[:, :2], ValueError),
-        ("labels", LABELS[:1], ValueError),
-        ("labels", LABELS[0], ValueError),
-        ("labels", [[1, 0, 1]] * 2, TypeError),
-        ("labels", LABELS.to("meta"), ValueError),
+        ("tags", TAGS[:, :2], ValueError),
+        ("tags", TAGS[:1], ValueError),
+        ("tags", TAGS[0], ValueError),
+        ("tags", [[1, 0, 1]] * 2, TypeError),
+        ("tags", TAGS.to("meta"), ValueError),
         ("size", (0, 4), ValueError),
         ("size", (4, -1), ValueError),
         ("size", 4, ValueError),
@@ -266,7 +266,7 @@ def test_normalize_cam_refuses_eps(eps):
 )
 def test_msinf_cam_refuses(name, value, error):
     with pytest.raises(error, match=rf"\b{name}\b"):
-        msinf_cam(**{"cams": [RAW, RAW], "labels": LABELS, name: value})
+        msinf_cam(**{"cams": [RAW, RAW], "tags": TAGS, name: value})
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_head_refuses_input(x, error):
         ("images", RAW.byte(), TypeError),
         ("images", None, TypeError),
         ("scales", (), ValueError),
-        ("scales", 1.0, ValueError),
+        ("scales", 1.0, TypeError),
         ("scales", (1.0, 0.0), ValueError),
         ("scales", (-0.5,), ValueError),
         ("scales", (nan,), ValueError),

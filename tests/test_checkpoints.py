@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pixelss.backbones.checkpoints import load_resnet38
+from pixelss.backbones.checkpoints import load_resnet38, resnet38
 from pixelss.backbones.mxnet import read_mxnet_params, torch_name
-from pixelss.backbones.resnet38 import ResNet38, resnet38
+from pixelss.backbones.resnet38 import ResNet38
 
 GOLDEN = Path(__file__).parent / "golden" / "mxnet"
 DESCRIBED = json.loads((GOLDEN / "params.json").read_text())

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pixelss import DenseCRF, PermutohedralLattice, background_score, crf, dense_crf, label_probs
+from pixelss import DenseCRF, PermutohedralLattice, background_score, dense_crf, label_probs
 
 # Outputs of the C++ code, written by golden/make_crf.py; the variable names another such file.
 GOLDEN = Path(os.environ.get("PIXELSS_CRF_GOLDEN", Path(__file__).parent / "golden" / "crf.npz"))
@@ -268,7 +268,7 @@ def test_equal_images_share_one_lattice(monkeypatch):
             super().__init__(features)
 
     expected = torch.cat([dense_crf(images[:1], p[None]) for p in probs])
-    monkeypatch.setattr(crf, "PermutohedralLattice", Counted)
+    monkeypatch.setattr("pixelss.refine.crf.PermutohedralLattice", Counted)
     torch.testing.assert_close(dense_crf(images[:1].expand(3, -1, -1, -1), probs), expected)
     assert built == [(30, 2), (30, 5)]
     dense_crf(images, probs)
@@ -361,10 +361,10 @@ def test_module_equals_the_function(settings):
 )
 def test_label_probs_equal_the_loop(data, N, gt_prob, ignore_index):
     values = data.draw(st.lists(st.sampled_from([-1, *range(N + 3), 255]), min_size=12, max_size=12))
-    labels = torch.tensor(values).view(2, 2, 3)
-    actual = label_probs(labels, N, gt_prob=gt_prob, ignore_index=ignore_index)
+    mask = torch.tensor(values).view(2, 2, 3)
+    actual = label_probs(mask, N, gt_prob=gt_prob, ignore_index=ignore_index)
     for b, y, x, k in product(range(2), range(2), range(3), range(N + 1)):
-        label = labels[b, y, x].item()
+        label = mask[b, y, x].item()
         expected = gt_prob if label == k else (1 - gt_prob) / N
         if label == ignore_index or not 0 <= label <= N:
             expected = 1 / (N + 1)
@@ -375,8 +375,8 @@ def test_label_probs_equal_the_loop(data, N, gt_prob, ignore_index):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
 def test_label_probs_of_any_integer_dtype(dtype, device):
-    labels = torch.tensor([[[0, 1, 2, 7, 255]]], device=device)
-    assert torch.equal(label_probs(labels.to(dtype), 2), label_probs(labels, 2))
+    mask = torch.tensor([[[0, 1, 2, 7, 255]]], device=device)
+    assert torch.equal(label_probs(mask.to(dtype), 2), label_probs(mask, 2))
 
 
 @given(seed=seeds, alpha=st.floats(0.5, 32, allow_subnormal=False))
@@ -495,8 +495,8 @@ def test_lattice_refuses_values(values, error):
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
-        ("labels", torch.zeros(2, 2, dtype=torch.int64), ValueError),
-        ("labels", torch.zeros(1, 2, 2), TypeError),
+        ("mask", torch.zeros(2, 2, dtype=torch.int64), ValueError),
+        ("mask", torch.zeros(1, 2, 2), TypeError),
         ("num_classes", 0, ValueError),
         ("num_classes", 2.0, TypeError),
         ("gt_prob", 1.5, ValueError),
@@ -506,7 +506,7 @@ def test_lattice_refuses_values(values, error):
 )
 def test_label_probs_refuses(name, value, error):
     with pytest.raises(error, match=rf"\b{name}\b"):
-        label_probs(**{"labels": torch.zeros(1, 2, 2, dtype=torch.int64), "num_classes": 3, name: value})
+        label_probs(**{"mask": torch.zeros(1, 2, 2, dtype=torch.int64), "num_classes": 3, name: value})
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_bank(cuda):
 
 def test_attentive_loss_with_tags_on_the_cpu(cuda):
     batch = convert(make_batch(dtype=torch.float32), "cuda")
-    tags = torch.ones(batch.labels.shape, device="cpu")
+    tags = torch.ones(batch.tags.shape, device="cpu")
     assert devices(pixelss.multi_scale_attentive_loss(batch.student, batch.teacher, tags)) == {"cuda"}
 
 

@@ -37,21 +37,21 @@ from pixelss import (
 
 SIGNATURES = {
     "normalize_cam": "(cam, *, eps=1e-05)",
-    "msinf_cam": "(cams, labels, *, size=None)",
+    "msinf_cam": "(cams, tags, *, size=None)",
     "CAMOutput": "(features, cam, logits)",
     "CAMHead": "(in_channels, num_classes, *, dim=256)",
     "multi_scale_forward": "(model, images, *, scales=(0.5, 1.0, 2.0))",
-    "class_region_mask": "(cam, labels, *, threshold=0.2)",
+    "class_region_mask": "(cam, tags, *, threshold=0.2)",
     "ClassRegionMask": "(threshold=0.2)",
-    "direct_loss": "(cam, mask, labels, *, ignore_index=255)",
+    "direct_loss": "(cam, mask, tags, *, ignore_index=255)",
     "class_prototypes": "(features, mask, num_classes, *, ignore_index=255)",
     "PrototypeBank": "(num_classes, dim=256, *, ignore_index=255)",
-    "regional_contrastive_loss": "(features, mask, prototypes, *, filled=None, temperature=0.5, "
+    "regional_contrastive_loss": "(features, mask, prototypes, filled=None, *, temperature=0.5, "
     "form='infonce', reduction='mean', ignore_index=255)",
     "RegionalContrastiveLoss": "(temperature=0.5, *, form='infonce', reduction='mean', ignore_index=255)",
     "scale_dissimilarity": "(student, teacher)",
     "attentive_target": "(student, teacher, *, attentive=True)",
-    "multi_scale_attentive_loss": "(student_cams, teacher_cams, labels, *, attentive=True, reduction='mean')",
+    "multi_scale_attentive_loss": "(student_cams, teacher_cams, tags, *, attentive=True, reduction='mean')",
     "MultiScaleAttentiveLoss": "(*, attentive=True, reduction='mean')",
     "EMATeacher": "(student, momentum=0.997)",
     "pair_offsets": "(radius=5)",
@@ -69,19 +69,19 @@ SIGNATURES = {
     "dense_crf": "(images, probs, *, iterations=10, gaussian=(3.0, 3.0), bilateral=(80.0, 13.0, 10.0))",
     "DenseCRF": "(*, iterations=10, gaussian=(3.0, 3.0), bilateral=(80.0, 13.0, 10.0))",
     "PermutohedralLattice": "(features)",
-    "label_probs": "(labels, num_classes, *, gt_prob=0.7, ignore_index=255)",
+    "label_probs": "(mask, num_classes, *, gt_prob=0.7, ignore_index=255)",
     "background_score": "(cam, *, alpha)",
     "LargeFOV": "(in_channels, num_classes, *, norm=False)",
-    "multi_scale_cross_entropy": "(logits, labels, *, ignore_index=255)",
+    "multi_scale_cross_entropy": "(logits, mask, *, ignore_index=255)",
     "multi_scale_inference": "(model, images, *, scales=(0.5, 0.75, 1.0, 1.25, 1.5), flip=True, tile=1024)",
     "timm_backbone": "(name, *, output_stride=8, pretrained=False, **kwargs)",
 }
 
 BLOCKS = {
     "normalize_cam": lambda b: normalize_cam(b.raw[2]),
-    "msinf_cam": lambda b: msinf_cam(b.raw, b.labels, size=(6, 5)),
-    "class_region_mask": lambda b: class_region_mask(b.student[0], b.labels),
-    "direct_loss": lambda b: direct_loss(b.student[0], b.mask, b.labels),
+    "msinf_cam": lambda b: msinf_cam(b.raw, b.tags, size=(6, 5)),
+    "class_region_mask": lambda b: class_region_mask(b.student[0], b.tags),
+    "direct_loss": lambda b: direct_loss(b.student[0], b.mask, b.tags),
     "class_prototypes": lambda b: class_prototypes(b.features, b.mask, len(b.filled) - 1)[0],
     "infonce": lambda b: regional_contrastive_loss(b.features, b.mask, b.prototypes, filled=b.filled),
     "ratio": lambda b: regional_contrastive_loss(b.features, b.mask, b.prototypes, filled=b.filled, form="ratio"),
@@ -89,7 +89,7 @@ BLOCKS = {
         *(torch.stack(x).flatten(1, 2) for x in (b.student, b.teacher))
     ),
     "attentive_target": lambda b: attentive_target(*(torch.stack(x).flatten(1, 2) for x in (b.student, b.teacher))),
-    "multi_scale_attentive_loss": lambda b: multi_scale_attentive_loss(b.student, b.teacher, b.labels),
+    "multi_scale_attentive_loss": lambda b: multi_scale_attentive_loss(b.student, b.teacher, b.tags),
     "multi_scale_cross_entropy": lambda b: multi_scale_cross_entropy(b.raw, b.mask),
 }
 LOSSES = ("direct_loss", "infonce", "ratio", "multi_scale_attentive_loss", "multi_scale_cross_entropy")
@@ -200,10 +200,10 @@ def test_bank_does_not_branch_on_values():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: counts waits for the device")
-@pytest.mark.parametrize("name", [*FIXED_SHAPE, "bank", "labels on the CPU"])
+@pytest.mark.parametrize("name", [*FIXED_SHAPE, "bank", "tags on the CPU"])
 def test_no_wait_for_the_device(name):
     batch = convert(make_batch(dtype=torch.float32), "cuda")
-    tags = batch.labels.cpu()
+    tags = batch.tags.cpu()
     if name == "bank":
         bank = bank_after(batch)
         with refuse_to_wait():
@@ -221,9 +221,9 @@ def test_no_wait_for_the_device(name):
     ids=["bool", "uint8", "float16", "signed"],
 )
 @every_block
-def test_labels_of_any_dtype_are_present_where_positive(name, change):
+def test_tags_of_any_dtype_are_present_where_positive(name, change):
     batch = make_batch()
-    changed = batch._replace(labels=change(batch.labels))
+    changed = batch._replace(tags=change(batch.tags))
     assert torch.equal(BLOCKS[name](changed), BLOCKS[name](batch))
 
 
@@ -270,7 +270,7 @@ def test_empty_batch(name, device):
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_of_an_empty_or_void_batch_hangs_on_the_graph(name):
     for batch in (make_batch(images=0), make_batch()):
-        batch = batch._replace(mask=batch.mask * 0 + 255, labels=batch.labels * 0)
+        batch = batch._replace(mask=batch.mask * 0 + 255, tags=batch.tags * 0)
         for x in (batch.features, batch.prototypes, *batch.raw, *batch.student):
             x.requires_grad_()
         loss = BLOCKS[name](batch)
@@ -310,17 +310,17 @@ def train(
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     g = torch.Generator().manual_seed(0)
     images = torch.rand(4, 3, 21, 18, generator=g).to(device)
-    labels = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]], device=device)
+    tags = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]], device=device)
     losses = []
     for _ in range(steps):
         with torch.autocast(device, dtype, enabled=dtype is not None):
             student_out, teacher_out = multi_scale_forward(student, images), multi_scale_forward(teacher, images)
-            mask = region(msinf_cam([o.cam for o in teacher_out], labels), labels)
+            mask = region(msinf_cam([o.cam for o in teacher_out], tags), tags)
             bank.update(teacher_out[1].features, mask)
             loss = (
-                sum(functional.binary_cross_entropy_with_logits(o.logits, labels.float()) for o in student_out) / 3
+                sum(functional.binary_cross_entropy_with_logits(o.logits, tags.float()) for o in student_out) / 3
                 + rcl(student_out[1].features, mask, bank.prototypes, bank.filled)
-                + mal([normalize_cam(o.cam) for o in student_out], [normalize_cam(o.cam) for o in teacher_out], labels)
+                + mal([normalize_cam(o.cam) for o in student_out], [normalize_cam(o.cam) for o in teacher_out], tags)
             )
         optimizer.zero_grad()
         loss.backward()

@@ -74,7 +74,7 @@ def test_prototypes_gradcheck():
 
 @given(batch=batches())
 def test_prototypes_lie_between_the_smallest_and_largest_feature(batch):
-    prototypes, counts = class_prototypes(batch.features, batch.mask, batch.labels.shape[1])
+    prototypes, counts = class_prototypes(batch.features, batch.mask, batch.tags.shape[1])
     low, high = batch.features.amin((2, 3)), batch.features.amax((2, 3))
     inside = (prototypes >= low[:, None] - 1e-12) & (prototypes <= high[:, None] + 1e-12)
     assert inside[counts > 0].all()
@@ -83,8 +83,8 @@ def test_prototypes_lie_between_the_smallest_and_largest_feature(batch):
 
 @given(batch=batches())
 def test_counts_are_pixels(batch):
-    counts = class_prototypes(batch.features, batch.mask, batch.labels.shape[1])[1]
-    valid = (batch.mask >= 0) & (batch.mask <= batch.labels.shape[1])
+    counts = class_prototypes(batch.features, batch.mask, batch.tags.shape[1])[1]
+    valid = (batch.mask >= 0) & (batch.mask <= batch.tags.shape[1])
     torch.testing.assert_close(counts.sum(1), valid.sum((1, 2)), check_dtype=False)
 
 

@@ -25,16 +25,16 @@ thresholds = st.floats(0, 1, allow_subnormal=False)
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.7])
 def test_mask_equals_the_loop(size, threshold, dtype, device):
     batch = make_batch(image_size=size, dtype=dtype)
-    mask = class_region_mask(batch.cam.to(device), batch.labels.to(device), threshold=threshold)
+    mask = class_region_mask(batch.cam.to(device), batch.tags.to(device), threshold=threshold)
     assert mask.dtype == torch.int64
-    assert torch.equal(mask.cpu(), oracles.class_region_mask(batch.cam, batch.labels, threshold))
+    assert torch.equal(mask.cpu(), oracles.class_region_mask(batch.cam, batch.tags, threshold))
 
 
 @given(batch=batches(classes=4), threshold=st.sampled_from([0.0, 0.2, 0.5, 1.0]))
 def test_ties_go_to_the_lowest_class(batch, threshold):
     cam = (2 * batch.cam).round() / 2
-    mask = class_region_mask(cam, batch.labels, threshold=threshold)
-    assert torch.equal(mask, oracles.class_region_mask(cam, batch.labels, threshold))
+    mask = class_region_mask(cam, batch.tags, threshold=threshold)
+    assert torch.equal(mask, oracles.class_region_mask(cam, batch.tags, threshold))
 
 
 def test_an_activation_at_the_threshold_is_background():
@@ -45,28 +45,28 @@ def test_an_activation_at_the_threshold_is_background():
 
 @given(batch=batches(), threshold=thresholds)
 def test_mask_partitions_the_pixels(batch, threshold):
-    mask = class_region_mask(batch.cam, batch.labels, threshold=threshold)
-    regions = torch.stack([mask == k for k in range(batch.labels.shape[1] + 1)])
+    mask = class_region_mask(batch.cam, batch.tags, threshold=threshold)
+    regions = torch.stack([mask == k for k in range(batch.tags.shape[1] + 1)])
     assert (regions.sum(0) == 1).all()
 
 
 @given(batch=batches(), threshold=thresholds)
 def test_absent_classes_never_appear(batch, threshold):
-    mask = class_region_mask(batch.cam, batch.labels, threshold=threshold)
-    for one, tags in zip(mask, batch.labels, strict=True):
+    mask = class_region_mask(batch.cam, batch.tags, threshold=threshold)
+    for one, tags in zip(mask, batch.tags, strict=True):
         assert set(one.unique().tolist()) <= {0, *(tags.nonzero().flatten() + 1).tolist()}
 
 
 @given(batch=batches(), pair=st.tuples(thresholds, thresholds).map(sorted))
 def test_a_higher_threshold_only_moves_pixels_to_the_background(batch, pair):
-    low, high = (class_region_mask(batch.cam, batch.labels, threshold=t) for t in pair)
+    low, high = (class_region_mask(batch.cam, batch.tags, threshold=t) for t in pair)
     assert ((high == low) | (high == 0)).all()
 
 
 @given(batch=batches(), axes=st.sampled_from([(1,), (2,), (1, 2)]))
 def test_mask_is_equivariant_to_flips(batch, axes):
-    flipped = class_region_mask(batch.cam.flip([axis + 1 for axis in axes]), batch.labels)
-    assert torch.equal(flipped, class_region_mask(batch.cam, batch.labels).flip(axes))
+    flipped = class_region_mask(batch.cam.flip([axis + 1 for axis in axes]), batch.tags)
+    assert torch.equal(flipped, class_region_mask(batch.cam, batch.tags).flip(axes))
 
 
 @given(batch=batches(), data=st.data())
@@ -74,14 +74,14 @@ def test_mask_is_equivariant_to_class_permutations(batch, data):
     # The maximum is unique where it is positive: the maps are random reals. Peaks, all 1, are made so too.
     order = data.draw(st.permutations(range(batch.cam.shape[1])))
     cam = batch.cam * torch.linspace(0.9, 1, len(order))[:, None, None]
-    permuted = class_region_mask(cam[:, order], batch.labels[:, order])
-    assert torch.equal(torch.tensor([0, *(k + 1 for k in order)])[permuted], class_region_mask(cam, batch.labels))
+    permuted = class_region_mask(cam[:, order], batch.tags[:, order])
+    assert torch.equal(torch.tensor([0, *(k + 1 for k in order)])[permuted], class_region_mask(cam, batch.tags))
 
 
 @given(batch=batches())
 def test_absent_classes_are_removed_before_the_arg_max(batch):
-    louder = torch.where(batch.labels[:, :, None, None] > 0, batch.cam, 1.0)
-    assert torch.equal(class_region_mask(louder, batch.labels), class_region_mask(batch.cam, batch.labels))
+    louder = torch.where(batch.tags[:, :, None, None] > 0, batch.cam, 1.0)
+    assert torch.equal(class_region_mask(louder, batch.tags), class_region_mask(batch.cam, batch.tags))
 
 
 @pytest.mark.parametrize("value", [nan, float("inf"), -float("inf")])
@@ -89,16 +89,16 @@ def test_non_finite_activation_is_none(value):
     batch = make_batch()
     broken, zeroed = batch.cam.clone(), batch.cam.clone()
     broken[:, :, 1:3, 2], zeroed[:, :, 1:3, 2] = value, 0.0
-    assert torch.equal(class_region_mask(broken, batch.labels), class_region_mask(zeroed, batch.labels))
-    loss = [direct_loss(cam, batch.mask, batch.labels) for cam in (broken, zeroed)]
+    assert torch.equal(class_region_mask(broken, batch.tags), class_region_mask(zeroed, batch.tags))
+    loss = [direct_loss(cam, batch.mask, batch.tags) for cam in (broken, zeroed)]
     assert torch.equal(*loss)
 
 
 def test_mask_module_equals_the_function():
     batch = make_batch()
     module = ClassRegionMask(0.4)
-    assert torch.equal(module(batch.cam, batch.labels), class_region_mask(batch.cam, batch.labels, threshold=0.4))
-    assert torch.equal(ClassRegionMask()(batch.cam, batch.labels), class_region_mask(batch.cam, batch.labels))
+    assert torch.equal(module(batch.cam, batch.tags), class_region_mask(batch.cam, batch.tags, threshold=0.4))
+    assert torch.equal(ClassRegionMask()(batch.cam, batch.tags), class_region_mask(batch.cam, batch.tags))
     assert "threshold=0.4" in repr(module)
     assert module.state_dict() == {}
 
@@ -124,7 +124,7 @@ def assert_direct_loss(batch, dtype, device="cpu", **settings):
         lambda *inputs: oracles.direct_loss(*inputs, **settings, eps=torch.finfo(dtype).eps),
         batch.cam,
         batch.mask,
-        batch.labels,
+        batch.tags,
         dtype=dtype,
         device=device,
     )
@@ -132,15 +132,15 @@ def assert_direct_loss(batch, dtype, device="cpu", **settings):
 
 def test_direct_loss_equals_binary_cross_entropy():
     batch = make_batch(images=1)
-    cam, mask, labels = batch.cam.clamp(0.05, 0.95), batch.mask.clamp(0, 3), torch.ones(1, 3)
+    cam, mask, tags = batch.cam.clamp(0.05, 0.95), batch.mask.clamp(0, 3), torch.ones(1, 3)
     target = functional.one_hot(mask, 4).movedim(-1, 1)[:, 1:].double()
-    torch.testing.assert_close(direct_loss(cam, mask, labels), functional.binary_cross_entropy(cam, target))
+    torch.testing.assert_close(direct_loss(cam, mask, tags), functional.binary_cross_entropy(cam, target))
 
 
 def test_direct_loss_gradcheck():
     batch = make_batch()
     cam = batch.cam.clamp(0.05, 0.95).requires_grad_()
-    assert torch.autograd.gradcheck(lambda cam: direct_loss(cam, batch.mask, batch.labels), cam)
+    assert torch.autograd.gradcheck(lambda cam: direct_loss(cam, batch.mask, batch.tags), cam)
 
 
 @dtypes
@@ -155,9 +155,9 @@ def test_direct_loss_is_finite_at_its_worst(dtype):
 @given(batch=batches())
 def test_direct_loss_gives_no_gradient_to_void_pixels_and_absent_classes(batch):
     cam = batch.cam.clamp(0.05, 0.95).requires_grad_()
-    direct_loss(cam, batch.mask, batch.labels).backward()
-    valid = (batch.mask >= 0) & (batch.mask <= batch.labels.shape[1])
-    counted = valid[:, None] & (batch.labels > 0)[:, :, None, None]
+    direct_loss(cam, batch.mask, batch.tags).backward()
+    valid = (batch.mask >= 0) & (batch.mask <= batch.tags.shape[1])
+    counted = valid[:, None] & (batch.tags > 0)[:, :, None, None]
     assert torch.equal(cam.grad != 0, counted)
 
 
@@ -165,18 +165,18 @@ def test_direct_loss_gives_no_gradient_to_void_pixels_and_absent_classes(batch):
 
 CAM = torch.rand(2, 3, 4, 5)
 MASK = torch.zeros(2, 4, 5, dtype=torch.int64)
-LABELS = torch.ones(2, 3)
+TAGS = torch.ones(2, 3)
 
 BAD_CAM_OR_LABELS = [
     ("cam", CAM[0], ValueError),
     ("cam", CAM[:, :, :0], ValueError),
     ("cam", CAM.long(), TypeError),
     ("cam", None, TypeError),
-    ("labels", LABELS[0], ValueError),
-    ("labels", LABELS[:1], ValueError),
-    ("labels", LABELS[:, :2], ValueError),
-    ("labels", LABELS.to("meta"), ValueError),
-    ("labels", [[1, 1, 1]] * 2, TypeError),
+    ("tags", TAGS[0], ValueError),
+    ("tags", TAGS[:1], ValueError),
+    ("tags", TAGS[:, :2], ValueError),
+    ("tags", TAGS.to("meta"), ValueError),
+    ("tags", [[1, 1, 1]] * 2, TypeError),
 ]
 
 
@@ -192,7 +192,7 @@ BAD_CAM_OR_LABELS = [
 )
 def test_mask_refuses(name, value, error):
     with pytest.raises(error, match=rf"\b{name}\b"):
-        class_region_mask(**{"cam": CAM, "labels": LABELS, name: value})
+        class_region_mask(**{"cam": CAM, "tags": TAGS, name: value})
 
 
 @pytest.mark.parametrize(
@@ -211,10 +211,10 @@ def test_mask_refuses(name, value, error):
 )
 def test_direct_loss_refuses(name, value, error):
     with pytest.raises(error, match=rf"\b{name}\b"):
-        direct_loss(**{"cam": CAM, "mask": MASK, "labels": LABELS, name: value})
+        direct_loss(**{"cam": CAM, "mask": MASK, "tags": TAGS, name: value})
 
 
 @pytest.mark.parametrize("threshold", [-0.1, nan])
 def test_mask_module_refuses_a_threshold_at_the_latest_when_it_is_used(threshold):
     with pytest.raises(ValueError, match="threshold"):
-        ClassRegionMask(threshold)(CAM, LABELS)
+        ClassRegionMask(threshold)(CAM, TAGS)

@@ -7,7 +7,8 @@ from hypothesis import given
 from strategies import SIZES, image_sizes
 from torch.nn import functional
 
-from pixelss._resize import promote, resize, resize_matrix
+from pixelss._dtype import promote
+from pixelss._resize import resize, resize_matrix
 
 pairs = pytest.mark.parametrize(("source", "target"), SIZES.values(), ids=SIZES)
 

@@ -16,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pixelss.backbones.resnet38 import ResNet38, freeze_norm, resnet38
+from pixelss.backbones.checkpoints import resnet38
+from pixelss.backbones.norms import freeze_norm
+from pixelss.backbones.resnet38 import ResNet38
 
 # name, stride, the two dilations; name, dropout
 RESIDUAL = [

@@ -33,8 +33,8 @@ def interpolate(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def loss_of(batch: Batch, **settings: int) -> list[Tensor]:
-    *raw, labels = *batch.raw, batch.mask
-    return value_and_grads(lambda *logits: multi_scale_cross_entropy(logits, labels, **settings), *raw)
+    *raw, mask = *batch.raw, batch.mask
+    return value_and_grads(lambda *logits: multi_scale_cross_entropy(logits, mask, **settings), *raw)
 
 
 @pytest.mark.parametrize(("low", "high"), SIZES.values(), ids=SIZES)
@@ -60,21 +60,21 @@ def test_any_loss_equals_the_loop(batch, void):
 
 @given(batch=batches())
 def test_a_single_scale_is_cross_entropy(batch):
-    labels = batch.mask.where((batch.mask >= 0) & (batch.mask < batch.raw[0].shape[1]), 255)
-    labels[0, 0, 0] = 0
+    mask = batch.mask.where((batch.mask >= 0) & (batch.mask < batch.raw[0].shape[1]), 255)
+    mask[0, 0, 0] = 0
     for logits in batch.raw:
-        resized = interpolate(logits, labels.shape[1:])
-        expected = functional.cross_entropy(resized, labels, ignore_index=255)
-        torch.testing.assert_close(multi_scale_cross_entropy([logits], labels), expected)
+        resized = interpolate(logits, mask.shape[1:])
+        expected = functional.cross_entropy(resized, mask, ignore_index=255)
+        torch.testing.assert_close(multi_scale_cross_entropy([logits], mask), expected)
 
 
 def test_the_loss_of_the_recipe():
-    labels = torch.randint(0, 21, (2, 33, 33), generator=torch.Generator().manual_seed(0))
+    mask = torch.randint(0, 21, (2, 33, 33), generator=torch.Generator().manual_seed(0))
     logits = [noise(2, 21, side, side, seed=side) for side in (5, 4, 3)]
     one, three_quarters, half = (interpolate(x, (33, 33)) for x in logits)
     largest = torch.maximum(torch.maximum(one, three_quarters), half)
-    expected = sum(functional.cross_entropy(x, labels) for x in (one, three_quarters, half, largest))
-    torch.testing.assert_close(multi_scale_cross_entropy(logits, labels), expected)
+    expected = sum(functional.cross_entropy(x, mask) for x in (one, three_quarters, half, largest))
+    torch.testing.assert_close(multi_scale_cross_entropy(logits, mask), expected)
 
 
 def test_loss_gradcheck():
@@ -98,8 +98,8 @@ def test_void_pixels_have_no_influence(batch, seed):
 @given(batch=batches(), value=st.sampled_from([-(2**40), -100, -1, 200, 255, 2**40]))
 def test_every_value_out_of_range_is_void(batch, value):
     K = batch.raw[0].shape[1]
-    labels = batch.mask.where((batch.mask >= 0) & (batch.mask < K), value)
-    actual, expected = loss_of(batch._replace(mask=labels)), loss_of(batch)
+    mask = batch.mask.where((batch.mask >= 0) & (batch.mask < K), value)
+    actual, expected = loss_of(batch._replace(mask=mask)), loss_of(batch)
     assert all(map(torch.equal, actual, expected))
 
 
@@ -108,8 +108,8 @@ def test_permuting_classes_permutes_the_gradient(data, batch):
     K = batch.raw[0].shape[1]
     order = torch.tensor(data.draw(st.permutations(range(K))))
     inside = (batch.mask >= 0) & (batch.mask < K)
-    labels = order.argsort()[batch.mask.clamp(0, K - 1)].where(inside, 255)
-    value, *gradients = loss_of(batch._replace(mask=labels, raw=tuple(x[:, order] for x in batch.raw)))
+    mask = order.argsort()[batch.mask.clamp(0, K - 1)].where(inside, 255)
+    value, *gradients = loss_of(batch._replace(mask=mask, raw=tuple(x[:, order] for x in batch.raw)))
     expected, *reference = loss_of(batch)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(gradients, [x[:, order] for x in reference])
@@ -142,10 +142,10 @@ def test_a_void_or_empty_batch_gives_zero_on_the_graph(images):
 @halves
 def test_large_half_precision_logits_have_a_finite_loss(half, device):
     logits = [1e4 * noise(2, 3, 4, 5).to(device, half) for _ in range(2)]
-    labels = make_batch(image_size=(9, 7)).mask[:2].to(device)
-    loss, *gradients = value_and_grads(lambda *x: multi_scale_cross_entropy(x, labels), *logits)
+    mask = make_batch(image_size=(9, 7)).mask[:2].to(device)
+    loss, *gradients = value_and_grads(lambda *x: multi_scale_cross_entropy(x, mask), *logits)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, multi_scale_cross_entropy([x.float() for x in logits], labels))
+    torch.testing.assert_close(loss, multi_scale_cross_entropy([x.float() for x in logits], mask))
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
@@ -495,7 +495,7 @@ def test_head_state_dict_round_trip(norm):
 @both
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_training_lowers_the_loss_and_repeats_bit_for_bit(norm, dtype, device):
-    labels = make_batch(classes=2, image_size=(16, 16)).mask.to(device)
+    mask = make_batch(classes=2, image_size=(16, 16)).mask.to(device)
 
     def train() -> list[float]:
         torch.manual_seed(0)
@@ -505,7 +505,7 @@ def test_training_lowers_the_loss_and_repeats_bit_for_bit(norm, dtype, device):
         for _ in range(8):
             with torch.autocast(device, dtype, enabled=dtype is not None):
                 logits = [head(x), head(x[..., ::2, ::2])]
-                loss = multi_scale_cross_entropy(logits, labels)
+                loss = multi_scale_cross_entropy(logits, mask)
             assert all(one.dtype == torch.float32 for one in logits)
             optimizer.zero_grad()
             loss.backward()
@@ -544,7 +544,7 @@ def test_compiled_head_equals_eager(norm, device):
 # refusals
 
 LOGITS = torch.rand(2, 3, 4, 5)
-LABELS = torch.zeros(2, 8, 9, dtype=torch.int64)
+MASK = torch.zeros(2, 8, 9, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -560,20 +560,20 @@ LABELS = torch.zeros(2, 8, 9, dtype=torch.int64)
         ("logits", [LOGITS, LOGITS[:1]], ValueError),
         ("logits", [LOGITS[:, :, :0]], ValueError),
         ("logits", [LOGITS, LOGITS.to("meta")], ValueError),
-        ("labels", LABELS[0], ValueError),
-        ("labels", LABELS[:1], ValueError),
-        ("labels", LABELS[:, None], ValueError),
-        ("labels", LABELS.float(), TypeError),
-        ("labels", LABELS.bool(), TypeError),
-        ("labels", LABELS.to("meta"), ValueError),
-        ("labels", None, TypeError),
+        ("mask", MASK[0], ValueError),
+        ("mask", MASK[:1], ValueError),
+        ("mask", MASK[:, None], ValueError),
+        ("mask", MASK.float(), TypeError),
+        ("mask", MASK.bool(), TypeError),
+        ("mask", MASK.to("meta"), ValueError),
+        ("mask", None, TypeError),
         ("ignore_index", 255.0, TypeError),
         ("ignore_index", None, TypeError),
     ],
 )
 def test_loss_refuses(name, value, error):
     with pytest.raises(error, match=rf"\b{name}\b.* must .* but "):
-        multi_scale_cross_entropy(**{"logits": [LOGITS, LOGITS], "labels": LABELS, name: value})
+        multi_scale_cross_entropy(**{"logits": [LOGITS, LOGITS], "mask": MASK, name: value})
 
 
 def growing(x: Tensor) -> Tensor:
@@ -588,7 +588,7 @@ def growing(x: Tensor) -> Tensor:
         ("images", LOGITS[..., :0], ValueError),
         ("images", None, TypeError),
         ("scales", (), ValueError),
-        ("scales", 1.0, ValueError),
+        ("scales", 1.0, TypeError),
         ("scales", (1.0, 0.0), ValueError),
         ("scales", (-0.5,), ValueError),
         ("scales", (math.nan,), ValueError),

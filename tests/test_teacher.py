@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from pixelss.teacher import EMATeacher
+from pixelss.targets.teacher import EMATeacher
 
 
 class Block(nn.Module):

@@ -12,9 +12,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from pixelss.backbones.any_timm import timm_backbone
 from pixelss.backbones.checkpoints import load_resnet38
-from pixelss.backbones.resnet38 import ResNet38, freeze_norm
-from pixelss.backbones.timm import timm_backbone
+from pixelss.backbones.norms import freeze_norm
+from pixelss.backbones.resnet38 import ResNet38
 
 SWIN = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
 VIT = {"embed_dim": 24, "depth": 3, "num_heads": 2}

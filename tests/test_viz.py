@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixelss import _plots, viz
+from pixelss import viz
+from pixelss.viz import plots
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (12, 18, 3)).astype(np.uint8)
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
@@ -189,7 +190,7 @@ def test_threshold_curves_marks_the_best(monkeypatch):
     t = np.linspace(0, 0.6, 61)
     score = 0.5 - (t - 0.2) ** 2
     with monkeypatch.context() as patch:
-        patch.setattr(_plots, "_render", lambda figure: figure)
+        patch.setattr(plots, "_render", lambda figure: figure)
         (axes,) = viz.threshold_curves({"a": (t, np.where(t < 0.1, np.nan, score))}).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a: 50.0 at 0.20"]
     assert axes.lines[0].get_markevery() == [20]

@@ -29,17 +29,17 @@ class WeaklySupervised(lightning.LightningModule):
         self.start, self.lr = start, lr
 
     def training_step(self, data: tuple[Tensor, Tensor, Tensor], _: int) -> Tensor:
-        images, labels, _masks = data
+        images, tags, _masks = data
         student_out = pixelss.multi_scale_forward(self.student, images)
         bce = nn.functional.binary_cross_entropy_with_logits
-        loss = torch.stack([bce(o.logits, labels) for o in student_out]).mean()
+        loss = torch.stack([bce(o.logits, tags) for o in student_out]).mean()
         if self.global_step >= self.start:
             teacher_out = pixelss.multi_scale_forward(self.teacher, images)
-            mask = self.region(pixelss.msinf_cam([o.cam for o in teacher_out], labels), labels)
+            mask = self.region(pixelss.msinf_cam([o.cam for o in teacher_out], tags), tags)
             self.bank.update(teacher_out[1].features, mask)
             cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
             loss = loss + self.rcl(student_out[1].features, mask, self.bank.prototypes, self.bank.filled)
-            loss = loss + self.mal(*cams, labels)
+            loss = loss + self.mal(*cams, tags)
         return loss
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -47,9 +47,9 @@ class WeaklySupervised(lightning.LightningModule):
         self.teacher.update(self.student, momentum=None if self.global_step > self.start else 0)
 
     def validation_step(self, data: tuple[Tensor, Tensor, Tensor], _: int) -> None:
-        images, labels, masks = data
+        images, tags, masks = data
         outputs = pixelss.multi_scale_forward(self.student, images)
-        self.sweep.update(pixelss.msinf_cam([o.cam for o in outputs], labels), masks)
+        self.sweep.update(pixelss.msinf_cam([o.cam for o in outputs], tags), masks)
 
     def on_validation_epoch_end(self) -> None:
         scores = self.sweep.compute()  # sums over the processes

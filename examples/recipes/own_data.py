@@ -25,18 +25,18 @@ class TaggedFolder(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, root: Path, *, size: int = 80) -> None:
         with (root / "tags.csv").open(newline="") as file:
             self.rows = [(root / row["image"], row["tags"].split()) for row in csv.DictReader(file)]
-        self.classes = sorted({tag for _, tags in self.rows for tag in tags})
+        self.classes = sorted({name for _, names in self.rows for name in names})
         self.size = size
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        path, tags = self.rows[index]
+        path, names = self.rows[index]
         image = Image.open(path).convert("RGB").resize((self.size, self.size))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-        labels = torch.tensor([float(name in tags) for name in self.classes])  # no background
-        return (pixels - 0.45) / 0.25, labels
+        tags = torch.tensor([float(name in names) for name in self.classes])  # no background
+        return (pixels - 0.45) / 0.25, tags
 
 
 def write_example(root: Path) -> None:
@@ -54,10 +54,10 @@ def main() -> None:
         write_example(Path(folder))
         data = TaggedFolder(Path(folder))
         model = network(num_classes=len(data.classes))
-        for images, labels in DataLoader(data, batch_size=8, shuffle=True):
+        for images, tags in DataLoader(data, batch_size=8, shuffle=True):
             outputs = pixelss.multi_scale_forward(model, images)
-            cam = pixelss.msinf_cam([o.cam for o in outputs], labels)
-            mask = pixelss.class_region_mask(cam, labels)
+            cam = pixelss.msinf_cam([o.cam for o in outputs], tags)
+            mask = pixelss.class_region_mask(cam, tags)
     print(f"classes {data.classes}; the last batch's mask {tuple(mask.shape)}")
 
 

@@ -31,10 +31,10 @@ class MyCAMNetwork(nn.Module):
 
 
 @torch.no_grad()
-def pseudo_labels(model: nn.Module, images: Tensor, levels: Tensor, labels: Tensor) -> Tensor:
+def pseudo_labels(model: nn.Module, images: Tensor, levels: Tensor, tags: Tensor) -> Tensor:
     """Return label maps (B, H, W): CAM, dense CRF, 255 where neither the background nor a class is sure."""
     outputs = pixelss.multi_scale_forward(model, images)
-    cam = pixelss.msinf_cam([o.cam for o in outputs], labels)
+    cam = pixelss.msinf_cam([o.cam for o in outputs], tags)
     probs = torch.cat([pixelss.background_score(cam, alpha=2), cam], dim=1)
     refined = pixelss.dense_crf(levels, probs, bilateral=(20.0, 13.0, 10.0))
     confidence, mask = refined.max(dim=1)
@@ -43,10 +43,10 @@ def pseudo_labels(model: nn.Module, images: Tensor, levels: Tensor, labels: Tens
 
 def main(steps: int = 12) -> None:
     pool = scenes(8, seed=0)
-    images, labels, truth = batch(pool)
+    images, tags, truth = batch(pool)
     levels = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in pool])  # uint8
     print("CAM of a network of your own:", tuple(MyCAMNetwork(4)(images).cam.shape))
-    target = pseudo_labels(trained(), images, levels, labels)
+    target = pseudo_labels(trained(), images, levels, tags)
 
     # Any segmentation network with K = N + 1 outputs; the background is class 0.
     net = nn.Sequential(pixelss.timm_backbone("resnet10t", output_stride=8), nn.Conv2d(512, 5, 1))

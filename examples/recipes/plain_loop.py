@@ -26,18 +26,18 @@ def main(steps: int = 6, start: int = 3) -> nn.Module:
     rcl, mal = pixelss.RegionalContrastiveLoss(), pixelss.MultiScaleAttentiveLoss()
 
     for step in range(steps):
-        images, labels, _ = batch(pool[step % 2 * 8 : step % 2 * 8 + 8])
+        images, tags, _ = batch(pool[step % 2 * 8 : step % 2 * 8 + 8])
         student_out = pixelss.multi_scale_forward(student, images)
-        loss = torch.stack([bce(o.logits, labels) for o in student_out]).mean()
+        loss = torch.stack([bce(o.logits, tags) for o in student_out]).mean()
         if step == start:
             teacher = pixelss.EMATeacher(student)  # from the converged baseline
         if step >= start:
             teacher_out = pixelss.multi_scale_forward(teacher, images)
-            mask = region(pixelss.msinf_cam([o.cam for o in teacher_out], labels), labels)
+            mask = region(pixelss.msinf_cam([o.cam for o in teacher_out], tags), tags)
             bank.update(teacher_out[1].features, mask)
             cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
             loss = loss + rcl(student_out[1].features, mask, bank.prototypes, bank.filled)
-            loss = loss + mal(*cams, labels)
+            loss = loss + mal(*cams, tags)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

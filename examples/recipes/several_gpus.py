@@ -49,17 +49,17 @@ def main() -> None:
     optimizer = torch.optim.SGD(student.parameters(), lr=0.02)
 
     for step in range(3):
-        images, labels, _ = (x.to(device) for x in batch(scenes(4, seed=10 * step + rank)))  # your sampler
+        images, tags, _ = (x.to(device) for x in batch(scenes(4, seed=10 * step + rank)))  # your sampler
         student_out = pixelss.multi_scale_forward(student, images)
         teacher_out = pixelss.multi_scale_forward(teacher, images)
-        mask = region(pixelss.msinf_cam([o.cam for o in teacher_out], labels), labels)
+        mask = region(pixelss.msinf_cam([o.cam for o in teacher_out], tags), tags)
         bank.update(teacher_out[1].features, mask)  # every process calls it, with an empty shard too
         pixels = over_processes(torch.tensor(mask.numel(), device=device))
-        pairs = over_processes(labels.sum() * mask[0].numel())
+        pairs = over_processes(tags.sum() * mask[0].numel())
         cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
-        loss = torch.stack([bce(o.logits, labels) for o in student_out]).mean()
+        loss = torch.stack([bce(o.logits, tags) for o in student_out]).mean()
         loss = loss + rcl(student_out[1].features, mask, bank.prototypes, bank.filled) / pixels
-        loss = loss + mal(*cams, labels) / pairs
+        loss = loss + mal(*cams, tags) / pairs
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

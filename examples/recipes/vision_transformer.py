@@ -20,13 +20,13 @@ def main() -> None:
     groups = [{"params": backbone.parameters(), "lr": 1e-5}, {"params": model[1].parameters(), "lr": 1e-4}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
 
-    images, labels = torch.rand(2, 3, 96, 128), torch.eye(20)[[14, 7]]
+    images, tags = torch.rand(2, 3, 96, 128), torch.eye(20)[[14, 7]]
     outputs = pixelss.multi_scale_forward(model, images, scales=(1.0, 1.5))
     bce = nn.functional.binary_cross_entropy_with_logits
-    loss = torch.stack([bce(o.logits, labels) for o in outputs]).mean()
+    loss = torch.stack([bce(o.logits, tags) for o in outputs]).mean()
     loss.backward()
     optimizer.step()
-    cam = pixelss.msinf_cam([o.cam for o in outputs], labels)
+    cam = pixelss.msinf_cam([o.cam for o in outputs], tags)
     print(f"{backbone.out_channels} channels at stride {backbone.stride}; CAM {tuple(cam.shape)}")
 
 

@@ -1,32 +1,40 @@
-"""Building blocks for weakly supervised semantic segmentation: image-level tags in, pixel masks out."""
+"""Building blocks for weakly supervised semantic segmentation: image-level tags in, pixel masks out.
 
-from __future__ import annotations
+- `backbones`: images to features.
+- `cam`: features to class activation maps.
+- `targets`: what a loss compares with.
+- `losses`: one scalar to minimise.
+- `affinity`: affinities of pairs of cells.
+- `refine`: scores to better scores and label maps.
+- `segmentation`, `metrics`: the network trained on the result, and its figures.
+- `viz`: arrays to pictures; the one room whose names are not imported here.
+"""
 
-from typing import TYPE_CHECKING, Any
-
-from pixelss._pairs import pair_offsets
-from pixelss.affinity import AffinityHead, affinity_labels, affinity_loss
-from pixelss.attentive import (
+from pixelss.affinity import AffinityHead, affinity_labels, pair_offsets
+from pixelss.backbones import LoadReport, ResNet38, freeze_norm, load_resnet38, resnet38, timm_backbone
+from pixelss.cam import CAMHead, CAMOutput, msinf_cam, multi_scale_forward, normalize_cam
+from pixelss.losses import (
     MultiScaleAttentiveLoss,
+    RegionalContrastiveLoss,
+    affinity_loss,
     attentive_target,
+    direct_loss,
     multi_scale_attentive_loss,
+    multi_scale_cross_entropy,
+    regional_contrastive_loss,
     scale_dissimilarity,
 )
-from pixelss.backbones.checkpoints import LoadReport, load_resnet38
-from pixelss.backbones.resnet38 import ResNet38, freeze_norm, resnet38
-from pixelss.cam import CAMHead, CAMOutput, msinf_cam, multi_scale_forward, normalize_cam
-from pixelss.contrastive import RegionalContrastiveLoss, regional_contrastive_loss
-from pixelss.crf import DenseCRF, background_score, dense_crf, label_probs
-from pixelss.lattice import PermutohedralLattice
 from pixelss.metrics import ConfusionMatrix, SegmentationScores, SweepScores, ThresholdSweep
-from pixelss.prototype import PrototypeBank, class_prototypes
-from pixelss.region import ClassRegionMask, class_region_mask, direct_loss
-from pixelss.segmentation import LargeFOV, multi_scale_cross_entropy, multi_scale_inference
-from pixelss.teacher import EMATeacher
-from pixelss.walk import random_walk
-
-if TYPE_CHECKING:
-    from pixelss.backbones.timm import timm_backbone
+from pixelss.refine import (
+    DenseCRF,
+    PermutohedralLattice,
+    background_score,
+    dense_crf,
+    label_probs,
+    random_walk,
+)
+from pixelss.segmentation import LargeFOV, multi_scale_inference
+from pixelss.targets import ClassRegionMask, EMATeacher, PrototypeBank, class_prototypes, class_region_mask
 
 __version__ = "0.1.0.dev0"
 
@@ -72,12 +80,3 @@ __all__ = [
     "scale_dissimilarity",
     "timm_backbone",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Import timm (seconds) only where its backbones are asked for."""
-    if name == "timm_backbone":
-        from pixelss.backbones.timm import timm_backbone
-
-        return timm_backbone
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -61,25 +61,44 @@ def check_tensor(
     return tuple(value.shape)
 
 
-def check_cams(
+def check_maps(
     name: str,
-    cams: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    axes: str,
     *,
     shared: str,
     like: Tensor | None = None,
     hint: str = "",
     **sizes: int,
-) -> Tensor:
-    """Raise unless `cams` holds one or more (B, N, H, W) that agree on the axes `shared`; returns the first."""
-    if not isinstance(cams, (Sequence, Tensor)):
-        raise TypeError(f"{name} must be a sequence of tensors, one a scale, but is of type {type(cams).__name__}.")
-    if len(cams) == 0:
-        raise ValueError(f"{name} must hold one tensor a scale, but is empty.")
-    for i, cam in enumerate(cams):
-        shape = check_tensor(f"{name}[{i}]", cam, "BNHW", kind="floating", like=like, hint=hint, **sizes)
-        sizes |= {axis: size for axis, size in zip("BNHW", shape, strict=True) if axis in shared}
-        like = cam
-    return cams[0]
+) -> tuple[int, ...]:
+    """Raise unless `maps` holds one floating tensor of `axes` a scale, which agree on the axes `shared`.
+
+    A tensor with one axis more, the scales, will do. Returns the first one's shape.
+    """
+    if getattr(maps, "ndim", None) != len(axes) + 1:
+        check_sequence(name, maps, "tensors, one a scale")
+    shapes = []
+    for i, one in enumerate(maps):
+        shape = check_tensor(f"{name}[{i}]", one, axes, kind="floating", like=like, hint=hint, **sizes)
+        sizes |= {axis: size for axis, size in zip(axes, shape, strict=True) if axis in shared}
+        like = one
+        shapes.append(shape)
+    return shapes[0]
+
+
+def check_sequence(name: str, value: Sequence[object], of: str) -> None:
+    """Raise unless `value` is a sequence with an entry or more; `of` says of what, as in "ints, one a tap"."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name} must be a sequence of {of}, but is of type {type(value).__name__}.")
+    if len(value) == 0:
+        raise ValueError(f"{name} must be a sequence of {of}, but is empty.")
+
+
+def check_scales(scales: Sequence[float]) -> None:
+    """Raise unless `scales` holds one positive factor of the image size or more."""
+    check_sequence("scales", scales, "factors of the image size")
+    for i, scale in enumerate(scales):
+        check_number(f"scales[{i}]", scale, low=1e-3, high=1e3)
 
 
 def _is_kind(dtype: torch.dtype, kind: str) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from torch import Tensor
 from torch.nn.functional import pad
 
 from pixelss._checks import check_integer, check_number
 
 Offsets = tuple[tuple[int, int], ...]
+DIFFERENT, BACKGROUND, FOREGROUND, UNKNOWN = 0, 1, 2, 255  # the codes of `affinity_labels`
 
 
 def pair_offsets(radius: int = 5) -> Offsets:
@@ -22,8 +25,7 @@ def pair_offsets(radius: int = 5) -> Offsets:
         TypeError, ValueError: `radius` is no int or out of range.
 
     Reference:
-        Ahn and Kwak, "Learning Pixel-level Semantic Affinity with Image-level Supervision for Weakly Supervised
-        Semantic Segmentation", CVPR 2018, section 3.2.
+        Ahn 2018, "Learning Pixel-level Semantic Affinity", section 3.2.
 
     Example:
         >>> pair_offsets(2)
@@ -33,8 +35,8 @@ def pair_offsets(radius: int = 5) -> Offsets:
     """
     check_integer("radius", radius)
     check_number("radius", radius, low=2, high=64)
-    half_plane = ((dy, dx) for dy in range(radius) for dx in range(1 - radius, radius) if dy > 0 or dx > 0)
-    return tuple((dy, dx) for dy, dx in half_plane if dy**2 + dx**2 < radius**2)
+    square = product(range(radius), range(1 - radius, radius))
+    return tuple((dy, dx) for dy, dx in square if (dy > 0 or dx > 0) and dy**2 + dx**2 < radius**2)
 
 
 def shifted(x: Tensor, offsets: Offsets, *, outside: float) -> list[Tensor]:

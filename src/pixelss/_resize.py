@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pixelss._dtype import full_precision, promote
 
-def promote(x: Tensor) -> Tensor:
-    """Return `x` in float32, or unchanged where it is float32 or float64 already."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+def scaled_side(side: int, scale: float) -> int:
+    """Return how many pixels a side of an image has at `scale`: rounded, halves up, at least 1."""
+    return max(1, int(side * scale + 0.5))
 
 
 def resize_matrix(source: int, target: int, like: Tensor) -> Tensor:
@@ -31,7 +33,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """
     x = promote(x)
     (h, w), (H, W) = x.shape[-2:], size
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         if h != H:
             x = resize_matrix(h, H, x) @ x
         if w != W:

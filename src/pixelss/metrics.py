@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pixelss._checks import check_count, check_integer, check_tensor
 from pixelss._distributed import sum_over_processes
-from pixelss._resize import promote
+from pixelss._dtype import promote
 
 # A CAM in [0, 1] may leave it by the rounding of bfloat16 or of a resize in TF32; a raw one leaves it by more.
 _CAM_TOLERANCE = 0.01
@@ -69,9 +69,9 @@ class ConfusionMatrix(nn.Module):
         TypeError, ValueError: settings of another type or value; see `update` for its own.
 
     Reference:
-        Everingham et al., "The PASCAL Visual Object Classes Challenge: A Retrospective", the IoU is of the data
-        set, not a mean over images. Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised
-        Semantic Segmentation", scores CAMs, pseudo-labels and segmentations by its mean.
+        Everingham 2015, "The PASCAL Visual Object Classes Challenge", the IoU of a data set, not a mean
+        over images; Yoon 2021, "Exploring Pixel-level Self-supervision", scores CAMs, pseudo-labels and segmentations
+        by its mean.
 
     Example:
         >>> metric = ConfusionMatrix(num_classes=3)
@@ -148,8 +148,8 @@ class ThresholdSweep(nn.Module):
         TypeError, ValueError: settings of another type or value; see `update` for its own.
 
     Reference:
-        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation": the
-        quality of a CAM is its mean IoU at the best threshold.
+        Yoon 2021, "Exploring Pixel-level Self-supervision": the quality of a CAM is its mean IoU at the
+        best threshold.
 
     Example:
         >>> sweep = ThresholdSweep(num_classes=1, thresholds=[0.0, 0.2, 0.4])
@@ -203,18 +203,18 @@ class ThresholdSweep(nn.Module):
         inside = (cam >= -_CAM_TOLERANCE) & (cam <= 1 + _CAM_TOLERANCE)
         _check_values("cam", cam, inside, "finite values in [0, 1]", "Raw CAM? Call normalize_cam first.")
         valid, target = _counted_pixels(target, N + 1, self.ignore_index)
-        activation, best = (x[valid] for x in cam.detach().max(1))
-        activation = promote(activation)
+        strongest, best = cam.detach().max(1)  # (B, H, W) each
+        activation, best = promote(strongest[valid]), best[valid]  # (P,) each, as target: the pixels that count
         below = torch.searchsorted(self.thresholds.to(activation.dtype), activation)
-        index = (below * (N + 1) + target) * N + best
+        index = (below * (N + 1) + target) * N + best  # into (T + 1, K, N), flat
         self.histogram.add_(torch.bincount(index, minlength=self.histogram.numel()).view_as(self.histogram))
 
     def compute(self) -> SweepScores:
         """Return the scores of everything counted so far, over all processes; every process must call it."""
         histogram = sum_over_processes(self.histogram)
-        background = histogram.cumsum(0)[:-1]
+        background = histogram.cumsum(0)[:-1]  # (T, K, N): not above the threshold
         foreground = histogram.sum(0) - background
-        scores = _scores(torch.cat([background.sum(-1, keepdim=True), foreground], -1))
+        scores = _scores(torch.cat([background.sum(-1, keepdim=True), foreground], -1))  # of (T, K, K)
         precision, recall = scores.precision.nanmean(-1), scores.recall.nanmean(-1)
         best = int(scores.miou.max(0).indices)
         return SweepScores(self.thresholds.clone(), scores.miou, precision, recall, best)

@@ -1,64 +1,17 @@
-"""The segmentation network trained on the final pseudo-labels: its head, its loss, inference at several scales."""
+"""The segmentation network trained on the final pseudo-labels: its head, and inference at several scales."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pixelss._checks import check_count, check_integer, check_number, check_tensor
-from pixelss._resize import promote, resize
-
-
-def multi_scale_cross_entropy(logits: Sequence[Tensor], labels: Tensor, *, ignore_index: int = 255) -> Tensor:
-    """Return the sum of the cross-entropies of every scale's logits and of their element-wise maximum.
-
-    Each map is bilinearly resized to the labels' size; each term is the mean over the valid pixels. For scales 1, .75
-    and .5 that is CE(1) + CE(.75) + CE(.5) + CE(max); for a single map, plain cross-entropy.
-
-    Args:
-        logits: one map a training scale, of any size, finite.
-        labels: pseudo-labels in 0..N; `ignore_index` and values out of range are void.
-        ignore_index: the labels' void value.
-
-    Shape:
-        One (B, K, *, *) a scale, (B, H, W) -> scalar; float32 for half precision, zero on the graph if all is void.
-
-    Raises:
-        TypeError, ValueError: no map, maps or labels of another rank, size, dtype kind or device.
-
-    Reference:
-        Chen et al., "Attention to Scale: Scale-aware Semantic Image Segmentation", CVPR 2016, section 3, with the
-        maximum over scales in place of the attention.
-
-    Example:
-        >>> logits = [torch.zeros(2, 21, side, side) for side in (41, 31, 21)]
-        >>> multi_scale_cross_entropy(logits, torch.randint(0, 21, (2, 321, 321)))  # 4 log(21)
-        tensor(12.1781)
-    """
-    if not isinstance(logits, Sequence):
-        raise TypeError(f"logits must be a sequence of tensors, one a scale, but is of type {type(logits).__name__}.")
-    if len(logits) == 0:
-        raise ValueError("logits must hold one tensor a scale, but is empty.")
-    sizes: dict[str, int] = {}
-    hint = "Scales share the images and the classes, background included."
-    for i, one in enumerate(logits):
-        B, K, _, _ = check_tensor(f"logits[{i}]", one, "BKhw", kind="floating", like=logits[0], hint=hint, **sizes)
-        sizes = {"B": B, "K": K}
-    _, H, W = check_tensor("labels", labels, "BHW", kind="integer", like=logits[0], B=B)
-    check_integer("ignore_index", ignore_index)
-
-    maps = [resize(one, (H, W)) for one in logits]
-    if len(maps) > 1:
-        maps.append(torch.stack(maps).amax(0))
-    label = labels.long()
-    valid = (label != ignore_index) & (label >= 0) & (label < K)
-    index = label.where(valid, 0)[:, None]
-    # nll_loss has no deterministic kernel on CUDA, gather has.
-    log_p = torch.stack([one.log_softmax(1).gather(1, index).squeeze(1) for one in maps]).sum(0)
-    return (-log_p).where(valid, 0).sum() / valid.sum().clamp(min=1)
+from pixelss._checks import check_count, check_scales, check_tensor
+from pixelss._dtype import promote
+from pixelss._resize import resize, scaled_side
 
 
 @torch.no_grad()
@@ -97,7 +50,7 @@ def multi_scale_inference(
             int, a `model` that does not return one tensor of logits (wrap it to pick them).
 
     Reference:
-        Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation" (2017), section 4.
+        Chen 2017, "Rethinking Atrous Convolution", section 4.
 
     Example:
         >>> model = nn.Conv2d(3, 21, 3, stride=8, padding=1)
@@ -105,47 +58,51 @@ def multi_scale_inference(
         torch.Size([1, 21, 75, 50])
     """
     B, _, H, W = check_tensor("images", images, "BCHW", hint="A single image? Pass images[None].")
-    if not isinstance(scales, Sequence) or len(scales) == 0:
-        raise ValueError(f"scales must be a sequence of one factor or more, but is {scales}.")
-    for i, scale in enumerate(scales):
-        check_number(f"scales[{i}]", scale, low=1e-3, high=1e3)
+    check_scales(scales)
     check_count("tile", tile)
     layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    sizes, hint = {"B": B}, "Several outputs? Wrap the model to return the logits."
+    hint = "Several outputs? Wrap the model to return the logits."
+
+    total = images.new_zeros(())  # (B, K, H, W) once the model has told K
 
     def run(x: Tensor) -> Tensor:
         logits = model(x.clone(memory_format=layout))  # one that works in place must not change the images
-        sizes["K"] = check_tensor("model(images)", logits, "BKhw", kind="floating", like=images, hint=hint, **sizes)[1]
+        sizes = {"B": B, "K": total.shape[1]} if total.ndim else {"B": B}
+        check_tensor("model(images)", logits, "BKhw", like=images, hint=hint, kind="floating", **sizes)
         return promote(logits)
 
-    total = images.new_zeros(())  # the model knows how many classes there are
     for scale in scales:
         rows, columns = (_windows(side, scale, tile, images.device) for side in (H, W))
-        for (y, height, row_weights), (x, width, column_weights) in product(rows, columns):
-            window = resize(images[..., y, x], (height, width)).to(images.dtype)
+        for row, column in product(rows, columns):
+            y, x = row.pixels, column.pixels
+            window = resize(images[..., y, x], (row.scaled, column.scaled)).to(images.dtype)
             logits = run(window) + run(window.flip(-1)).flip(-1) if flip else run(window)
             if total.ndim == 0:
                 total = logits.new_zeros(B, logits.shape[1], H, W)
             logits = resize(logits, (y.stop - y.start, x.stop - x.start))
-            total[..., y, x].addcmul_(logits, row_weights.to(total)[:, None] * column_weights.to(total))
+            total[..., y, x].addcmul_(logits, row.weights.to(total)[:, None] * column.weights.to(total))
     return total.div_(len(scales) * (2 if flip else 1))
 
 
-def _windows(length: int, scale: float, tile: int, device: torch.device) -> list[tuple[slice, int, Tensor]]:
-    """Cut a side of `length` pixels: the pixels of every window, its size when scaled, its pixels' weights.
+class _Window(NamedTuple):
+    pixels: slice
+    scaled: int  # its side when scaled
+    weights: Tensor  # of its pixels; over all windows they sum to 1, and with one window they are exactly 1
 
-    The weights of all windows sum to 1 at every pixel; with one window they are exactly 1.
-    """
-    side = length if int(length * scale + 0.5) <= tile else max(1, int(tile / scale))
+
+def _windows(length: int, scale: float, tile: int, device: torch.device) -> list[_Window]:
+    """Cut a side of `length` pixels into windows that `model` can see."""
+    side = length if scaled_side(length, scale) <= tile else max(1, int(tile / scale))
     steps = -(-(length - side) // (side - side // 3))
-    windows = [slice(start, start + side) for start in (i * (length - side) // max(steps, 1) for i in range(steps + 1))]
+    starts = [i * (length - side) // max(steps, 1) for i in range(steps + 1)]
+    windows = [slice(start, start + side) for start in starts]
     ramp = torch.arange(1, side + 1, device=device, dtype=torch.float64)
     tent = torch.minimum(ramp, ramp.flip(0))
     cover = torch.zeros(length, device=device, dtype=torch.float64)
     for window in windows:
         cover[window] += tent
-    scaled = min(tile, max(1, int(side * scale + 0.5)))
-    return [(window, scaled, tent / cover[window]) for window in windows]
+    scaled = min(tile, scaled_side(side, scale))
+    return [_Window(window, scaled, tent / cover[window]) for window in windows]
 
 
 class LargeFOV(nn.Module):
@@ -167,9 +124,8 @@ class LargeFOV(nn.Module):
         TypeError, ValueError: a count that is no positive int; an input of another rank or channel count.
 
     Reference:
-        Chen et al., "Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs", ICLR 2015;
-        the norms as in the re-training of Wang et al., "Self-supervised Equivariant Attention Mechanism for Weakly
-        Supervised Semantic Segmentation", CVPR 2020.
+        Chen 2015, "Semantic Image Segmentation with Deep Convolutional Nets"; the norms as in the re-training of
+        Wang 2020, "Self-supervised Equivariant Attention Mechanism".
 
     Example:
         >>> LargeFOV(64, num_classes=20)(torch.rand(2, 64, 41, 41)).shape

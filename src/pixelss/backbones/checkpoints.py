@@ -1,4 +1,4 @@
-"""Published ResNet38 weights (MXNet .params, torch .pth, .safetensors): read, checked, then copied.
+"""ResNet38 with published weights (MXNet .params, torch .pth, .safetensors): read, checked, then copied.
 
 The files come from strangers. The format is told by the content, nothing in a file is executed, no size is
 believed before it is checked, and a file with any fault leaves the model as it was.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -53,11 +54,10 @@ def load_resnet38(model: nn.Module, path: str | os.PathLike[str]) -> LoadReport:
             of another shape, another kind of dtype or with a value that is not finite. The model is then unchanged.
 
     Reference:
-        Wu et al., "Wider or Deeper: Revisiting the ResNet Model for Visual Recognition", who published the weights.
+        Wu 2016, "Wider or Deeper", who published the weights.
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from pixelss.backbones.resnet38 import resnet38
         >>> model = nn.Sequential(resnet38(), nn.Conv2d(4096, 20, 1))
         >>> with TemporaryDirectory() as folder:
         ...     path = Path(folder, "old.pth")
@@ -192,3 +192,35 @@ def _fit(path: Path, name: str, value: Tensor, own: Tensor) -> Tensor:
     if problem:
         raise ValueError(f"{path}: {name!r} must be {problem}.")
     return value
+
+
+def resnet38(weights: str | os.PathLike[str] | None = None) -> ResNet38:
+    """Build a ResNet38, with published weights where a file is given.
+
+    Args:
+        weights: a file that `load_resnet38` reads; warns where it lacks tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds no tensor of ResNet38.
+
+    Shape:
+        The network maps as `ResNet38` does.
+
+    Reference:
+        Wu 2016, "Wider or Deeper", model A.
+
+    Example:
+        >>> import torch
+        >>> with torch.device("meta"):
+        ...     model = resnet38()
+        >>> sum(p.numel() for p in model.parameters())
+        105070912
+    """
+    model = ResNet38()
+    if weights is not None:
+        missing = load_resnet38(model, weights).missing
+        if missing:
+            lacks = f"{os.fspath(weights)} lacks {len(missing)} tensors of ResNet38: {', '.join(missing[:3])}, ..."
+            warnings.warn(f"{lacks} They keep their initial values.", stacklevel=2)
+    return model

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-from typing import TypeVar
-
 from torch import Tensor, nn
 from torch.nn.functional import relu
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pixelss._checks import check_tensor
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class _Residual(nn.Module):
@@ -78,8 +71,8 @@ class ResNet38(nn.Module):
         -> features (B, 4096, ceil(H / 8), ceil(W / 8)), which are not negative.
 
     Reference:
-        Wu, Shen, van den Hengel, "Wider or Deeper: Revisiting the ResNet Model for Visual Recognition" (2016),
-        with the dilations of Ahn, Kwak, "Learning Pixel-level Semantic Affinity" (CVPR 2018).
+        Wu 2016, "Wider or Deeper", with the dilations of
+        Ahn 2018, "Learning Pixel-level Semantic Affinity".
 
     Example:
         >>> import torch
@@ -153,72 +146,3 @@ class ResNet38(nn.Module):
                 if isinstance(module, nn.Conv2d):
                     module.requires_grad_(False)
         return self
-
-
-def freeze_norm(module: ModuleT) -> ModuleT:
-    """Keep every batch norm inside `module` as it is: stored statistics, no training of scale and shift.
-
-    It holds for any network and survives `.train()`, a deep copy and pickling: a hook puts each norm back into
-    eval mode whenever it runs. Names and number of tensors stay. Layer and group norms are left alone. Freeze
-    after any conversion that makes new norms, such as `convert_sync_batchnorm`.
-
-    Args:
-        module: any network, changed in place.
-
-    Returns:
-        `module` itself.
-
-    Reference:
-        Ahn and Kwak, "Learning Pixel-level Semantic Affinity with Image-level Supervision", trains ResNet38 so.
-
-    Example:
-        >>> import torch
-        >>> net = freeze_norm(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())).train()
-        >>> x = torch.rand(2, 3, 4, 4)
-        >>> torch.equal(net(x), net.eval()(x))
-        True
-    """
-    for norm in module.modules():
-        if isinstance(norm, _BatchNorm):
-            norm.eval().requires_grad_(False)
-            norm.register_forward_pre_hook(_stay_in_eval)
-    return module
-
-
-def _stay_in_eval(norm: nn.Module, _: object) -> None:
-    if norm.training:  # asked first, since torch.compile before 2.5 cannot trace the change
-        norm.eval()
-
-
-def resnet38(weights: str | os.PathLike[str] | None = None) -> ResNet38:
-    """Build a ResNet38, with published weights where a file is given.
-
-    Args:
-        weights: a file that `pixelss.backbones.checkpoints.load_resnet38` reads; warns where it lacks tensors.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or holds no tensor of ResNet38.
-
-    Shape:
-        The network maps as `ResNet38` does.
-
-    Reference:
-        Wu et al., "Wider or Deeper: Revisiting the ResNet Model for Visual Recognition", model A.
-
-    Example:
-        >>> import torch
-        >>> with torch.device("meta"):
-        ...     model = resnet38()
-        >>> sum(p.numel() for p in model.parameters())
-        105070912
-    """
-    model = ResNet38()
-    if weights is not None:
-        from pixelss.backbones.checkpoints import load_resnet38  # here, for it imports this module
-
-        missing = load_resnet38(model, weights).missing
-        if missing:
-            lacks = f"{os.fspath(weights)} lacks {len(missing)} tensors of ResNet38: {', '.join(missing[:3])}, ..."
-            warnings.warn(f"{lacks} They keep their initial values.", stacklevel=2)
-    return model

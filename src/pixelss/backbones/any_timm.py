@@ -1,4 +1,4 @@
-"""timm: any of its networks as a backbone, and ResNet38 among its models (importing this module registers it)."""
+"""Any network of timm as a backbone."""
 
 from __future__ import annotations
 
@@ -6,21 +6,10 @@ import difflib
 from functools import partial
 from typing import Any
 
-import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers.classifier import ClassifierHead
-from timm.layers.helpers import to_2tuple
-from timm.models import build_model_with_cfg, register_model
-from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
-from pixelss._checks import check_choice, check_count, check_tensor
-from pixelss.backbones.resnet38 import ResNet38
-
-# What lets a plain transformer (its last norm applied) and a windowed one take images of any size.
-_PLAIN = {"dynamic_img_size": True, "dynamic_img_pad": True, "feature_cls": partial(FeatureGetterNet, norm=True)}
-_WINDOWED = {"strict_img_size": False}
+from pixelss._checks import check_count, check_tensor
 
 
 def timm_backbone(name: str, *, output_stride: int = 8, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -47,7 +36,7 @@ def timm_backbone(name: str, *, output_stride: int = 8, pretrained: bool = False
         TypeError: the network does not know one of `kwargs`.
 
     Reference:
-        Wightman, "PyTorch Image Models" (timm).
+        Wightman 2019, "PyTorch Image Models".
 
     Example:
         >>> net = timm_backbone("resnet18")
@@ -56,14 +45,21 @@ def timm_backbone(name: str, *, output_stride: int = 8, pretrained: bool = False
         >>> net(torch.rand(1, 3, 65, 96)).shape
         torch.Size([1, 512, 9, 12])
     """
+    import timm  # here: it takes seconds, and most users of the blocks never ask for it
+    from timm.models._features import FeatureGetterNet
+
     check_count("output_stride", output_stride)
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()."
         raise ValueError(f"name must be one of timm's networks, but is {name!r}: {hint}")
+    # What lets a plain transformer (its last norm applied) and a windowed one take images of any size.
+    normed = partial(FeatureGetterNet, norm=True)
+    plain = {"dynamic_img_size": True, "dynamic_img_pad": True, "feature_cls": normed}
+    windowed = {"strict_img_size": False}
+    offers: tuple[dict[str, Any], ...] = ({"output_stride": output_stride}, plain, windowed, {})
     strides: set[int] = set()
     refusal: Exception | None = None
-    offers: tuple[dict[str, Any], ...] = ({"output_stride": output_stride}, _PLAIN, _WINDOWED, {})
     for offer in offers:  # the first that the network accepts and that gives the stride
         settings = {**offer, **kwargs}
         try:
@@ -101,7 +97,8 @@ class _TimmBackbone(nn.Module):
         flexible = settings.get("dynamic_img_size") or settings.get("strict_img_size") is False
         size = settings.get("img_size") or net.pretrained_cfg["input_size"][-2:]
         fixed = net.pretrained_cfg["fixed_input_size"] and not flexible
-        self.fixed_size = to_2tuple(size) if fixed else None
+        pair: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
+        self.fixed_size = pair if fixed else None
 
     def forward(self, images: Tensor) -> Tensor:
         weight = next(self.net.parameters())
@@ -124,110 +121,3 @@ class _TimmBackbone(nn.Module):
                 raise
             raise ValueError(f"{self.name} cannot take images of size ({H}, {W}): {fix}.") from error
         return output
-
-
-class _Classifier(nn.Module):
-    """ResNet38 with a pooled classifier, under the names of attributes and methods that timm calls."""
-
-    def __init__(
-        self, num_classes: int = 1000, in_chans: int = 3, global_pool: str = "avg", drop_rate: float = 0.0
-    ) -> None:
-        super().__init__()
-        if in_chans != 3:
-            raise ValueError(f"in_chans must be 3, for ResNet38 takes RGB images, but is {in_chans}.")
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = ResNet38.out_channels
-        channels, strides = (128, 256, 512, 1024, 4096), (2, 4, 8, 8, 8)
-        modules = ("b3.bn_branch2a", "b4.bn_branch2a", "b5.bn_branch2a", "b6.bn_branch2a", "bn7")
-        self.feature_info = [
-            {"num_chs": c, "reduction": s, "module": f"backbone.{m}"}
-            for c, s, m in zip(channels, strides, modules, strict=True)
-        ]
-        self.backbone = ResNet38()
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        features: Tensor = self.backbone(x)
-        return features
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        output: Tensor = self.head(x, pre_logits=pre_logits)
-        return output
-
-    def get_classifier(self) -> nn.Module:
-        classifier: nn.Module = self.head.fc
-        return classifier
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the stages at `indices`; `norm` and `stop_early` change nothing: every stage is normalised."""
-        check_choice("output_fmt", output_fmt, ("NCHW",))
-        stages = self.backbone.forward_stages(x)
-        taken, _ = feature_take_indices(len(stages), indices)
-        chosen = [stages[i] for i in taken]
-        return chosen if intermediates_only else (stages[-1], chosen)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the classifier, which intermediates do not need; returns `indices` counted from the front."""
-        if prune_head:
-            self.reset_classifier(0, "")
-        taken, _ = feature_take_indices(len(self.feature_info), indices)
-        return taken
-
-
-default_cfgs = {
-    "resnet38": {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (28, 28),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "backbone.conv1a",
-        "classifier": "head.fc",
-    }
-}
-
-
-@register_model
-def resnet38(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Entry point of `timm.create_model("resnet38")`.
-
-    Args:
-        pretrained: must be False, for timm hosts no weights of it.
-        **kwargs: `num_classes` (0 gives pooled features), `global_pool`, `drop_rate`, `features_only`, `out_indices`.
-
-    Raises:
-        ValueError: `pretrained` is True, or `in_chans` is not 3.
-        TypeError: a setting that ResNet38 does not have.
-
-    Example:
-        >>> with torch.device("meta"):
-        ...     net = timm.create_model("resnet38", features_only=True)
-        >>> net.feature_info.channels(), net.feature_info.reduction()
-        ([128, 256, 512, 1024, 4096], [2, 4, 8, 8, 8])
-    """
-    if pretrained:
-        raise ValueError(
-            "pretrained must be False for resnet38, whose weights timm does not host: load a published file with "
-            "pixelss.backbones.checkpoints.load_resnet38(model, path)."
-        )
-    features = {"out_indices": (0, 1, 2, 3, 4), "feature_cls": "getter"}
-    return build_model_with_cfg(_Classifier, "resnet38", False, feature_cfg=features, **kwargs)

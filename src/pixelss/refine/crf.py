@@ -1,4 +1,4 @@
-"""Fully connected CRF: mean-field inference with Gaussian filters on permutohedral lattices, and its inputs."""
+"""Fully connected CRF: mean-field inference with Gaussian filters on permutohedral lattices."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pixelss._checks import check_count, check_integer, check_number, check_tensor
-from pixelss._resize import promote
-from pixelss.lattice import PermutohedralLattice
+from pixelss._checks import check_integer, check_number, check_tensor
+from pixelss._dtype import promote
+from pixelss._lattice import PermutohedralLattice
 
 _CLIP = 1e-5
 _SLACK = 1e-2  # what half precision and sums of scales may exceed [0, 1] by
@@ -50,7 +50,7 @@ def dense_crf(
             outside [0, 1]; a scale so small that the lattice has no room.
 
     Reference:
-        Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", 2011.
+        Kraehenbuehl 2011, "Efficient Inference in Fully Connected CRFs".
 
     Example:
         >>> images = torch.randint(0, 256, (2, 3, 24, 32), dtype=torch.uint8)
@@ -69,16 +69,17 @@ def dense_crf(
         span = f"{probs.min().item():.4g} to {probs.max().item():.4g}"
         raise ValueError(f"probs must lie in [0, 1], but ranges from {span}. Logits? Take their softmax(dim=1).")
 
-    log_p = probs.clamp(_CLIP, 1).log().flatten(2).permute(2, 0, 1)
-    position = torch.stack(torch.meshgrid(_pixels(W, probs), _pixels(H, probs), indexing="xy"), dim=-1).view(-1, 2)
+    log_p = probs.clamp(_CLIP, 1).log().flatten(2).permute(2, 0, 1)  # (HW, B, K)
+    columns_and_rows = torch.meshgrid(_pixels(W, probs), _pixels(H, probs), indexing="xy")
+    position = torch.stack(columns_and_rows, dim=-1).view(-1, 2)  # (HW, 2): x, y
     smoothness = [_kernel(position / gaussian[0], gaussian[1])] if gaussian else []
     first = [b for b in range(B) if b == 0 or not torch.equal(images[b], images[b - 1])]
     results = []
     for start, stop in pairwise([*first, B]):
         kernels = smoothness
         if bilateral:
-            levels = images[start].flatten(1).mT.to(probs.dtype)
-            features = torch.cat([position / bilateral[0], levels / bilateral[1]], dim=1)
+            levels = images[start].flatten(1).mT.to(probs.dtype)  # (HW, 3)
+            features = torch.cat([position / bilateral[0], levels / bilateral[1]], dim=1)  # (HW, 5)
             kernels = [*smoothness, _kernel(features, bilateral[2])]
         results.append(_mean_field(log_p[:, start:stop], kernels, iterations))
     return torch.cat(results, dim=1).permute(1, 2, 0).reshape(B, K, H, W) if results else probs
@@ -91,15 +92,6 @@ class DenseCRF(nn.Module):
         iterations: mean-field steps.
         gaussian: (sxy in pixels, compat) or None.
         bilateral: (sxy in pixels, srgb in levels 0 to 255, compat) or None.
-
-    Shape:
-        (B, 3, H, W), (B, K, H, W) -> (B, K, H, W).
-
-    Raises:
-        TypeError, ValueError: as `dense_crf`.
-
-    Reference:
-        Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", 2011.
 
     Example:
         >>> crf = DenseCRF(iterations=1, bilateral=(32.0, 13.0, 10.0))
@@ -136,7 +128,7 @@ class _Kernel(NamedTuple):
 
 def _kernel(features: Tensor, compat: float) -> _Kernel:
     lattice = PermutohedralLattice(features)
-    response = lattice.filter(features.new_ones(len(features), 1))
+    response = lattice.filter(features.new_ones(len(features), 1))  # (P, 1)
     return _Kernel(lattice, (response + 1e-20).rsqrt()[:, None], compat)
 
 
@@ -147,7 +139,7 @@ def _mean_field(log_p: Tensor, kernels: list[_Kernel], iterations: int) -> Tenso
     for _ in range(iterations):
         logits = log_p
         for lattice, scale, compat in kernels:
-            message = lattice.filter((scale * q).flatten(1)).view_as(q)
+            message = lattice.filter((scale * q).flatten(1)).view_as(q)  # filtered as (P, S K)
             logits = logits.addcmul(scale, message, value=compat)
         q = logits.softmax(2)
     return q
@@ -171,69 +163,3 @@ def _check_settings(
             raise ValueError(f"{name} must be None or ({', '.join(settings)}), but is {kernel!r}.")
         for setting, value in zip(settings, kernel, strict=True):
             check_number(f"{name} {setting}", value, low=0 if setting == "compat" else _LIMITS.tiny, high=_LIMITS.max)
-
-
-def label_probs(labels: Tensor, num_classes: int, *, gt_prob: float = 0.7, ignore_index: int = 255) -> Tensor:
-    """Return probabilities that trust a label map: `gt_prob` at the label, the rest shared by the other classes.
-
-    Uniform at `ignore_index` and at values outside 0..N.
-
-    Args:
-        labels: class of every pixel, 0 the background.
-        num_classes: N, the foreground classes.
-        gt_prob: confidence in the labels.
-        ignore_index: void value, even where it lies in 0..N.
-
-    Shape:
-        (B, H, W) -> (B, N + 1, H, W), float32.
-
-    Raises:
-        TypeError, ValueError: labels of another rank or dtype kind; a setting out of range.
-
-    Reference:
-        Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", 2011.
-
-    Example:
-        >>> label_probs(torch.tensor([[[0, 2, 255]]]), 3, gt_prob=0.7)[0, :, 0].mT
-        tensor([[0.7000, 0.1000, 0.1000, 0.1000],
-                [0.1000, 0.1000, 0.7000, 0.1000],
-                [0.2500, 0.2500, 0.2500, 0.2500]])
-    """
-    check_tensor("labels", labels, "BHW", kind="integer")
-    check_count("num_classes", num_classes)
-    check_number("gt_prob", gt_prob, low=0, high=1)
-    check_integer("ignore_index", ignore_index)
-    label = labels.long()[:, None]
-    classes = torch.arange(num_classes + 1, device=labels.device)[:, None, None]
-    probs = torch.full(classes.shape, (1 - gt_prob) / num_classes, device=labels.device)
-    probs = probs.where(label != classes, gt_prob)
-    valid = (label != ignore_index) & (label >= 0) & (label <= num_classes)
-    return probs.where(valid, 1 / (num_classes + 1))
-
-
-def background_score(cam: Tensor, *, alpha: float) -> Tensor:
-    """Return the background's score (1 - max over the classes)^alpha; a non-finite CAM value is no activation.
-
-    Args:
-        cam: normalised CAMs in [0, 1], foreground classes alone.
-        alpha: the larger, the less background.
-
-    Shape:
-        (B, N, H, W) -> (B, 1, H, W).
-
-    Raises:
-        TypeError, ValueError: CAMs of another rank or dtype kind; `alpha` out of range.
-
-    Reference:
-        Ahn and Kwak, "Learning Pixel-level Semantic Affinity with Image-level Supervision for Weakly Supervised
-        Semantic Segmentation", 2018, Eq. 2.
-
-    Example:
-        >>> cam = torch.tensor([0.5, 0.25]).view(1, 2, 1, 1)
-        >>> background_score(cam, alpha=2).item()
-        0.25
-    """
-    check_tensor("cam", cam, "BNHW")
-    check_number("alpha", alpha, low=0, high=_LIMITS.max)
-    strongest = promote(cam).where(cam.isfinite(), 0).amax(1, keepdim=True)
-    return (1 - strongest.clamp(0, 1)) ** alpha

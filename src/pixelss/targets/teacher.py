@@ -39,8 +39,8 @@ class EMATeacher(nn.Module):
         ValueError: `momentum` is out of range.
 
     Reference:
-        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation":
-        the SupportNet; after Tarvainen and Valpola, "Mean teachers are better role models".
+        Yoon 2021, "Exploring Pixel-level Self-supervision", the SupportNet;
+        after Tarvainen 2017, "Mean teachers are better role models".
 
     Example:
         >>> student = nn.Linear(1, 1, bias=False)

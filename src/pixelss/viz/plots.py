@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from pixelss._checks import check_number, check_tensor
-from pixelss._pixels import Pixels, as_image, as_tensor, heat_map
+from pixelss.viz.pixels import Pixels, as_image, as_tensor, heat_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,8 +39,7 @@ def threshold_curves(
         ImportError: matplotlib is not installed.
 
     Reference:
-        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
-        section 4: a CAM is scored at its best threshold.
+        Yoon 2021, "Exploring Pixel-level Self-supervision", section 4: a CAM is scored at its best threshold.
 
     Example:
         >>> t = np.linspace(0, 0.6, 61)
@@ -100,8 +99,7 @@ def grid(
         ImportError: matplotlib is not installed.
 
     Reference:
-        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
-        the figures of section 4 are laid out so.
+        Yoon 2021, "Exploring Pixel-level Self-supervision", whose figures of section 4 are laid out so.
 
     Example:
         >>> image = np.zeros((50, 100, 3), dtype=np.uint8)

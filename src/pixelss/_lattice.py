@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from pixelss._checks import check_tensor
-from pixelss._resize import promote
+from pixelss._dtype import promote
 
 _PART = 64  # points that are summed one after the other
 
@@ -33,7 +33,7 @@ class PermutohedralLattice:
             finite, or span so many cells that their keys do not fit 63 bits.
 
     Reference:
-        Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice", 2010.
+        Adams 2010, "Fast High-Dimensional Filtering Using the Permutohedral Lattice".
 
     Example:
         >>> lattice = PermutohedralLattice(torch.rand(50, 5))
@@ -62,10 +62,12 @@ class PermutohedralLattice:
         M = len(cells)
         counts = torch.cat([counts, counts.new_zeros(1)])  # one more cell, empty: row M is 0
         self.part_offsets, self.splat_offsets = _parts(counts)
-        self.splat_points, self.splat_weights = order % P, weights.flatten()[order]
-        self.slice_cells = torch.empty_like(order).index_put_((order,), position).view(d + 1, P).mT.contiguous()
+        # Sorted by cell: the points of a cell lie together. M cells, d + 1 corners a point.
+        self.splat_points, self.splat_weights = order % P, weights.flatten()[order]  # ((d + 1) P,) each
+        corner_cells = torch.empty_like(order).index_put_((order,), position)  # ((d + 1) P,)
+        self.slice_cells = corner_cells.view(d + 1, P).mT.contiguous()  # (P, d + 1)
         self.slice_weights = weights.mT.contiguous() / (1 + 2.0**-d)
-        self.blur_cells = torch.stack([_neighbours(cells, shift) for shift in shifts])
+        self.blur_cells = torch.stack([_neighbours(cells, shift) for shift in shifts])  # (d + 1, M + 1, 3)
         self.blur_weights = weights.new_tensor([1.0, 0.5, 0.5]).repeat(M + 1, 1)
 
     def filter(self, values: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ class _Filter(torch.autograd.Function):
             points, values.contiguous(), offsets, mode="sum", per_sample_weights=splat, include_last_offset=True
         )
         rows = torch.arange(len(parts), device=parts.device)
-        table = embedding_bag(rows, parts, lattice.part_offsets, mode="sum", include_last_offset=True)
+        table = embedding_bag(rows, parts, lattice.part_offsets, mode="sum", include_last_offset=True)  # (M + 1, C)
         for cells in lattice.blur_cells.flip(0) if reverse else lattice.blur_cells:
             table = embedding_bag(cells, table, mode="sum", per_sample_weights=blur)
         return embedding_bag(lattice.slice_cells, table, mode="sum", per_sample_weights=cut)
@@ -103,6 +105,13 @@ class _Filter(torch.autograd.Function):
 
 def _enclosing_simplex(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return remainder-0 corner, ranks and barycentric weights, each (d + 1, P), of the simplex around every point."""
+    point = _elevate(features)
+    corner, rank = _nearest_corner(point)
+    return corner, rank, _barycentric_weights(point, corner, rank)
+
+
+def _elevate(features: Tensor) -> Tensor:
+    """Return the points (P, d) on the plane of d + 1 coordinates that sum to 0, (d + 1, P)."""
     d = features.shape[1]
     total = torch.zeros_like(features[:, 0])
     elevated = [total] * (d + 1)
@@ -112,19 +121,30 @@ def _enclosing_simplex(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         elevated[j] = total - j * scaled
         total = total + scaled
     elevated[0] = total
-    point = torch.stack(elevated)
+    return torch.stack(elevated)
+
+
+def _nearest_corner(point: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest corner whose coordinates are multiples of d + 1, and each coordinate's rank by its rest."""
+    d = len(point) - 1
     down, up = (point / (d + 1)).floor() * (d + 1), (point / (d + 1)).ceil() * (d + 1)
     corner = torch.where(up - point < point - down, up, down)
     rest = point - corner
-    first = torch.ones(d + 1, d + 1, dtype=torch.bool, device=features.device).tril(-1)[:, :, None]
-    before = (rest > rest[:, None]) | ((rest == rest[:, None]) & first)
-    rank = before.sum(1) + (corner.sum(0) / (d + 1)).round().long()
+    first = torch.ones(d + 1, d + 1, dtype=torch.bool, device=point.device).tril(-1)[:, :, None]  # of equal ones
+    before = (rest > rest[:, None]) | ((rest == rest[:, None]) & first)  # (d + 1, d + 1, P)
+    off_plane = (corner.sum(0) / (d + 1)).round().long()  # (P,): by so many steps rounding left it
+    rank = before.sum(1) + off_plane
     wrap = (d + 1) * ((rank < 0).long() - (rank > d).long())
-    rank, corner = rank + wrap, corner + wrap
-    rest = torch.empty_like(rest).scatter_(0, d - rank, (point - corner) / (d + 1))
-    weights = rest - rest.roll(1, 0)
+    return corner + wrap, rank + wrap
+
+
+def _barycentric_weights(point: Tensor, corner: Tensor, rank: Tensor) -> Tensor:
+    """Return the weights of the corners of remainder 0 to d: differences of the rests, in the order of their ranks."""
+    d = len(point) - 1
+    ordered = torch.empty_like(point).scatter_(0, d - rank, (point - corner) / (d + 1))
+    weights = ordered - ordered.roll(1, 0)
     weights[0] += 1
-    return corner, rank, weights
+    return weights
 
 
 def _pack_keys(corner: Tensor, rank: Tensor) -> tuple[Tensor, list[int]]:

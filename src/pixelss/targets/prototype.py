@@ -1,4 +1,4 @@
-"""Prototypes (Eq. 3): the mean feature of every class region, kept in a bank from batch to batch."""
+"""Prototypes (Yoon Eq. 3): the mean feature of every class region, kept in a bank from batch to batch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 from pixelss._checks import check_count, check_integer, check_tensor
 from pixelss._distributed import sum_over_processes
-from pixelss._resize import promote, resize_matrix
+from pixelss._dtype import full_precision, promote
+from pixelss._labels import valid_pixels
+from pixelss._resize import resize_matrix
 
 
 def class_prototypes(
     features: Tensor, mask: Tensor, num_classes: int, *, ignore_index: int = 255
 ) -> tuple[Tensor, Tensor]:
-    """Return each image's mean feature over every class region, as if upsampled to the mask's size (Eq. 3).
+    """Return each image's mean feature over every class region, as if upsampled to the mask's size (Yoon Eq. 3).
 
     Nothing is upsampled: the mean is linear in the features, so the one-hot mask is pulled back through the
     transpose of the bilinear resize and contracted with the features at their own size. The result is exact.
@@ -33,8 +35,8 @@ def class_prototypes(
         TypeError, ValueError: arguments of another rank, size, dtype kind or device.
 
     Reference:
-        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
-        Eq. 3; the paper prints a sum and says "averaging".
+        Yoon 2021, "Exploring Pixel-level Self-supervision", Eq. 3; the paper prints a sum and says
+        "averaging".
 
     Example:
         >>> features = torch.tensor([[[[1.0, 3.0]]]])
@@ -46,15 +48,16 @@ def class_prototypes(
     _, H, W = check_tensor("mask", mask, "BHW", kind="integer", like=features, B=B)
     check_count("num_classes", num_classes)
     check_integer("ignore_index", ignore_index)
-    features, mask = promote(features), mask.long()
+    features = promote(features)
+    label, valid = valid_pixels(mask, num_classes + 1, ignore_index)
     classes = torch.arange(num_classes + 1, device=mask.device)[:, None, None]
-    region = (mask[:, None] == classes) & (mask != ignore_index)[:, None]
-    with torch.autocast(features.device.type, enabled=False):
+    region = (label[:, None] == classes) & valid[:, None]  # (B, K, H, W)
+    with full_precision(features):
         weights = region.to(features.dtype)
         if w != W:
-            weights = weights @ resize_matrix(w, W, features)
+            weights = weights @ resize_matrix(w, W, features)  # (B, K, H, w)
         if h != H:
-            weights = resize_matrix(h, H, features).mT @ weights
+            weights = resize_matrix(h, H, features).mT @ weights  # (B, K, h, w)
         counts = region.sum((-2, -1))
         sums = einsum(weights, features, "b k h w, b d h w -> b k d")
     means = (sums / counts.clamp(min=1)[:, :, None]).where(counts[:, :, None] > 0, 0)
@@ -84,8 +87,7 @@ class PrototypeBank(nn.Module):
         TypeError, ValueError: as `class_prototypes`; features whose channels are not `dim`.
 
     Reference:
-        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
-        section 3.3.
+        Yoon 2021, "Exploring Pixel-level Self-supervision", section 3.3.
 
     Example:
         >>> bank = PrototypeBank(num_classes=20, dim=256)
@@ -115,8 +117,8 @@ class PrototypeBank(nn.Module):
         hint = "dim must be the number of feature channels."
         check_tensor("features", features, "BDhw", like=self.prototypes, hint=hint, D=self.dim)
         rows, pixels = class_prototypes(features, mask, self.num_classes, ignore_index=self.ignore_index)
-        images = (pixels > 0).to(rows.dtype)
-        total = sum_over_processes(torch.cat([rows.sum(0), images.sum(0)[:, None]], dim=1))
+        images = (pixels > 0).to(rows.dtype)  # (B, K): which show the class
+        total = sum_over_processes(torch.cat([rows.sum(0), images.sum(0)[:, None]], dim=1))  # (K, D + 1)
         sums, images = total[:, :-1], total[:, -1:]
         rows = sums / images.clamp(min=1)
         seen = (images > 0) & rows.isfinite().all(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Pictures of images, masks and CAMs: numpy in, numpy out. Only `threshold_curves` and `grid` need matplotlib."""
+"""CAMs, masks and similarities as pictures over their image."""
 
 from __future__ import annotations
 
@@ -7,19 +7,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch.nn.functional import normalize
 
 from pixelss._checks import check_number, check_tensor
-from pixelss._pixels import Pixels, as_image, as_levels, as_tensor, heat_map
-from pixelss._plots import grid, threshold_curves
-from pixelss._resize import promote, resize
-
-__all__ = [
-    "grid",
-    "heat_map",
-    "overlay_cam",
-    "overlay_mask",
-    "prototype_similarity",
-    "threshold_curves",
-    "voc_palette",
-]
+from pixelss._dtype import activation, promote
+from pixelss._resize import resize
+from pixelss.viz.pixels import Pixels, as_image, as_levels, as_tensor, heat_map
 
 
 def voc_palette() -> Pixels:
@@ -31,7 +21,7 @@ def voc_palette() -> Pixels:
         (256, 3) uint8.
 
     Reference:
-        Everingham et al., "The PASCAL Visual Object Classes Challenge", the development kit's `VOClabelcolormap`.
+        Everingham 2015, "The PASCAL Visual Object Classes Challenge", the development kit's `VOClabelcolormap`.
 
     Example:
         >>> voc_palette()[[0, 1, 15, 255]].tolist()
@@ -58,7 +48,7 @@ def overlay_cam(image: ArrayLike, cam: ArrayLike, *, alpha: float = 0.65) -> Pix
         TypeError, ValueError: arrays of another rank, size or dtype; `alpha` outside [0, 1].
 
     Reference:
-        Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016, whose figures show CAMs so.
+        Zhou 2016, "Learning Deep Features for Discriminative Localization", whose figures show CAMs so.
 
     Example:
         >>> image = np.full((4, 6, 3), 200, dtype=np.uint8)
@@ -70,7 +60,7 @@ def overlay_cam(image: ArrayLike, cam: ArrayLike, *, alpha: float = 0.65) -> Pix
     check_tensor("cam", values, "hw", hint="One class: take cam[0, k].")
     check_number("alpha", alpha, low=0, high=1)
     grey = (pixels @ np.array([0.299, 0.587, 0.114]))[..., None]
-    heat = heat_map(resize(promote(values).nan_to_num(0, 0, 0), (len(pixels), len(pixels[0]))))
+    heat = heat_map(resize(activation(values), (len(pixels), len(pixels[0]))))
     return as_levels((1 - alpha) * grey + alpha * heat)
 
 
@@ -90,7 +80,7 @@ def overlay_mask(image: ArrayLike, mask: ArrayLike, *, alpha: float = 0.6, palet
         TypeError, ValueError: arrays of another rank, size or dtype; a class without a colour; `alpha` outside [0, 1].
 
     Reference:
-        Everingham et al., "The PASCAL Visual Object Classes Challenge", for the colours.
+        Everingham 2015, "The PASCAL Visual Object Classes Challenge", for the colours.
 
     Example:
         >>> overlay_mask(np.zeros((1, 2, 3), dtype=np.uint8), np.array([[0, 1]]), alpha=1).tolist()
@@ -112,7 +102,7 @@ def overlay_mask(image: ArrayLike, mask: ArrayLike, *, alpha: float = 0.6, palet
 
 
 def prototype_similarity(features: ArrayLike, prototypes: ArrayLike) -> NDArray[np.float32]:
-    """Return the cosine of one image's features and every prototype, cell by cell: what Eq. 4 compares, T aside.
+    """Return the cosine of one image's features and every prototype, cell by cell: what RCM compares, T aside.
 
     Args:
         features: pixel features X of one image.
@@ -125,8 +115,7 @@ def prototype_similarity(features: ArrayLike, prototypes: ArrayLike) -> NDArray[
         TypeError, ValueError: arrays of another rank, size or dtype.
 
     Reference:
-        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
-        Eq. 4.
+        Yoon 2021, "Exploring Pixel-level Self-supervision", section 3.3.
 
     Example:
         >>> features = np.array([[[1.0, 1.0]], [[0.0, 1.0]]])

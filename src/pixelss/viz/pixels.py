@@ -36,7 +36,7 @@ def heat_map(values: ArrayLike) -> Pixels:
         TypeError: values that are no numbers.
 
     Reference:
-        Smith and van der Walt, the colour map "inferno" of matplotlib, to 7 levels of 255.
+        Smith 2015, "A Better Default Colormap for Matplotlib": its "inferno", to 7 levels of 255.
 
     Example:
         >>> heat_map([0.0, 0.5, 1.0]).tolist()
@@ -58,6 +58,7 @@ def as_tensor(name: str, value: ArrayLike | Tensor) -> Tensor:
 
 
 def as_image(image: ArrayLike) -> Pixels:
+    """Return an RGB image (H, W, 3) of levels, checked."""
     pixels = as_tensor("image", image)
     check_tensor("image", pixels, "HWC", kind="any", hint=_IMAGE_HINT, C=3)
     if pixels.dtype != torch.uint8:
@@ -67,4 +68,5 @@ def as_image(image: ArrayLike) -> Pixels:
 
 
 def as_levels(x: NDArray[np.float64]) -> Pixels:
+    """Return numbers rounded to levels 0 to 255."""
     return x.round().clip(0, 255).astype(np.uint8)

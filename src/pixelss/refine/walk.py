@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from pixelss._checks import check_integer, check_number, check_tensor
+from pixelss._dtype import promote
 from pixelss._pairs import Offsets, pair_offsets, shifted
-from pixelss._resize import promote
 
 
 def random_walk(scores: Tensor, affinity: Tensor, *, beta: float = 8.0, log_steps: int = 8, radius: int = 5) -> Tensor:
@@ -39,9 +39,8 @@ def random_walk(scores: Tensor, affinity: Tensor, *, beta: float = 8.0, log_step
         TypeError, ValueError: arguments of another rank, size, dtype kind or device; a setting out of range.
 
     Reference:
-        Ahn and Kwak, "Learning Pixel-level Semantic Affinity with Image-level Supervision for Weakly Supervised
-        Semantic Segmentation", CVPR 2018, section 3.3; Sachdeva and Vishnoi, "Faster Algorithms via Approximation
-        Theory", 2014, chapter 3, for the powers.
+        Ahn 2018, "Learning Pixel-level Semantic Affinity", section 3.3;
+        Sachdeva 2014, "Faster Algorithms via Approximation Theory", chapter 3, for the powers.
 
     Example:
         >>> scores = torch.tensor([[[[1.0, 0.0, 0.0, 0.0]]]])
@@ -70,7 +69,7 @@ def random_walk(scores: Tensor, affinity: Tensor, *, beta: float = 8.0, log_step
         return embedding_bag(sources, x, per_sample_weights=weights, mode="sum")
 
     shares = _chebyshev_shares(2**log_steps, torch.finfo(dtype).eps)
-    start = scores.movedim(1, -1).reshape(B * h * w, K).contiguous()
+    start = scores.movedim(1, -1).reshape(B * h * w, K).contiguous()  # a row a cell of the batch
     step = change(start)
     current = start + step
     total = shares[0] * start + shares[1] * current
@@ -88,17 +87,18 @@ def _transition(affinity: Tensor, offsets: Offsets, beta: float) -> tuple[Tensor
     B, _, h, w = affinity.shape
     backward = tuple((-dy, -dx) for dy, dx in offsets)
     cells = torch.arange(h * w, device=affinity.device).view(h, w)
-    partners = torch.stack([cells, *shifted(cells, offsets + backward, outside=-1)])
+    partners = torch.stack([cells, *shifted(cells, offsets + backward, outside=-1)])  # (1 + 2 O, h, w)
     inside = partners >= 0
-    sources = partners.where(inside, cells).flatten(1).T + h * w * torch.arange(B, device=cells.device)[:, None, None]
+    first_cells = h * w * torch.arange(B, device=cells.device)[:, None, None]
+    sources = partners.where(inside, cells).flatten(1).T + first_cells  # (B, hw, 1 + 2 O)
 
     own = inside[1 : 1 + len(offsets)]
     ahead = affinity.where(own, 1).pow(beta).where(own, 0)  # 1 and not 0: the gradient of a power at 0 may be infinite
     behind = [view[:, o] for o, view in enumerate(shifted(ahead, backward, outside=0))]
-    weights = torch.cat([torch.ones_like(ahead[:, :1]), ahead, torch.stack(behind, 1)], 1)
+    weights = torch.cat([torch.ones_like(ahead[:, :1]), ahead, torch.stack(behind, 1)], 1)  # (B, 1 + 2 O, h, w)
     total = weights.sum(1, keepdim=True)
     weights = torch.cat([1 - total, weights[:, 1:]], 1) / total
-    return sources.flatten(0, 1).contiguous(), weights.flatten(2).mT.flatten(0, 1).contiguous()
+    return sources.flatten(0, 1).contiguous(), weights.flatten(2).mT.flatten(0, 1).contiguous()  # (B hw, 1 + 2 O)
 
 
 def _chebyshev_shares(steps: int, eps: float) -> list[float]:

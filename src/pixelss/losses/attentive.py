@@ -1,4 +1,4 @@
-"""Multi-scale attentive loss (Eq. 6-8): the student's CAM of every scale learns from the teacher's of all."""
+"""Multi-scale attentive loss (Yoon Eq. 6, Yoon Eq. 7, Yoon Eq. 8): the student's scales learn from the teacher's."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from einops import einsum
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from pixelss._checks import TAGS_HINT, check_cams, check_choice, check_tensor
-from pixelss._resize import promote
+from pixelss._checks import TAGS_HINT, check_choice, check_maps, check_tensor
+from pixelss._dtype import activation, full_precision, promote
 
 
 def scale_dissimilarity(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return xi of Eq. 6, one minus the cosine plus one: how far a teacher's scale is from a student's.
+    """Return xi of Yoon Eq. 6, one minus the cosine plus one: how far a teacher's scale is from a student's.
 
     xi_ij = 2 - cos(A_i^F, A_j^G) over the pixels: in [1, 2] for non-negative CAMs, 2 where a map is all zeros.
 
@@ -29,8 +29,7 @@ def scale_dissimilarity(student: Tensor, teacher: Tensor) -> Tensor:
         TypeError, ValueError: arguments of another rank, size, dtype kind or device.
 
     Reference:
-        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
-        Eq. 6.
+        Yoon 2021, "Exploring Pixel-level Self-supervision", Eq. 6.
 
     Example:
         >>> cam = torch.rand(3, 5, 8, 8)
@@ -39,14 +38,14 @@ def scale_dissimilarity(student: Tensor, teacher: Tensor) -> Tensor:
     """
     _, P, H, W = check_tensor("student", student, "SPHW")
     check_tensor("teacher", teacher, "RPHW", like=student, P=P, H=H, W=W)
-    with torch.autocast(student.device.type, enabled=False):
+    with full_precision(student):
         s, r = (normalize(promote(cam).flatten(2), dim=-1).transpose(0, 1) for cam in (student, teacher))
-        return 2 - s @ r.mT
+        return 2 - s @ r.mT  # (P, S, HW) (P, HW, R)
 
 
 @torch.no_grad()
 def attentive_target(student: Tensor, teacher: Tensor, *, attentive: bool = True) -> Tensor:
-    """Return the target of Eq. 7 for every student scale: 1/R sum_j xi_ij A_j^G, without gradient.
+    """Return the target of Yoon Eq. 7 for every student scale: 1/R sum_j xi_ij A_j^G, without gradient.
 
     Args:
         student: the student's normalised CAMs of the P present pairs at S scales.
@@ -60,8 +59,7 @@ def attentive_target(student: Tensor, teacher: Tensor, *, attentive: bool = True
         TypeError, ValueError: as `scale_dissimilarity`.
 
     Reference:
-        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
-        Eq. 7.
+        Yoon 2021, "Exploring Pixel-level Self-supervision", Eq. 7.
 
     Example:
         >>> teacher = torch.tensor([0.2, 0.4]).reshape(2, 1, 1, 1)
@@ -71,28 +69,28 @@ def attentive_target(student: Tensor, teacher: Tensor, *, attentive: bool = True
     xi = scale_dissimilarity(student, teacher)
     if not attentive:
         xi = torch.ones_like(xi)
-    with torch.autocast(student.device.type, enabled=False):
+    with full_precision(student):
         return einsum(xi, promote(teacher), "p s r, r p h w -> s p h w") / len(teacher)
 
 
 def multi_scale_attentive_loss(
     student_cams: Sequence[Tensor],
     teacher_cams: Sequence[Tensor],
-    labels: Tensor,
+    tags: Tensor,
     *,
     attentive: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
-    """Return Eq. 8: the L1 distance of the student's CAMs to their `attentive_target`, summed over its scales.
+    """Return Yoon Eq. 8: the L1 distance of the student's CAMs to their `attentive_target`, summed over its scales.
 
     Only the present (image, class) pairs take part, but for the CAMs' gradient, which is dense. They are gathered
-    once, which waits for the device unless `labels` lie on the CPU. The target carries no gradient. Table 1's
+    once, which waits for the device unless `tags` lie on the CPU. The target carries no gradient. Table 1's
     ablations are settings: MAM as it is; MMM with `attentive=False`; SMM with one student scale besides.
 
     Args:
         student_cams: normalised CAMs, one tensor a student scale, all of one size.
         teacher_cams: the teacher's, one a teacher scale; a non-finite value counts as no activation.
-        labels: image tags, multi-hot of any dtype, on the CAMs' device or on the CPU.
+        tags: image-level labels, multi-hot of any dtype, on the CAMs' device or on the CPU.
         attentive: False weighs every teacher scale alike.
         reduction: "mean" over (present pair, pixel), or "sum" (as printed).
 
@@ -103,8 +101,7 @@ def multi_scale_attentive_loss(
         TypeError, ValueError: empty sequences, arguments of another rank, size, dtype kind or device.
 
     Reference:
-        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
-        Eq. 6-8.
+        Yoon 2021, "Exploring Pixel-level Self-supervision", Eq. 8.
 
     Example:
         >>> student = [torch.rand(2, 3, 8, 8, requires_grad=True) for _ in range(3)]
@@ -116,14 +113,14 @@ def multi_scale_attentive_loss(
                 [False,  True,  True]])
     """
     _check_settings(attentive, reduction)
-    first = check_cams("student_cams", student_cams, shared="BNHW")
-    B, N, H, W = first.shape
-    check_cams("teacher_cams", teacher_cams, shared="BNHW", like=first, B=B, N=N, H=H, W=W)
-    on_cpu = isinstance(labels, Tensor) and labels.device.type == "cpu"
-    check_tensor("labels", labels, "BN", kind="any", like=None if on_cpu else first, hint=TAGS_HINT, B=B, N=N)
-    image, k = (labels > 0).nonzero().to(first.device, non_blocking=True).unbind(1)
+    B, N, H, W = check_maps("student_cams", student_cams, "BNHW", shared="BNHW")
+    first = student_cams[0]
+    check_maps("teacher_cams", teacher_cams, "BNHW", shared="BNHW", like=first, B=B, N=N, H=H, W=W)
+    on_cpu = isinstance(tags, Tensor) and tags.device.type == "cpu"
+    check_tensor("tags", tags, "BN", kind="any", like=None if on_cpu else first, hint=TAGS_HINT, B=B, N=N)
+    image, k = (tags > 0).nonzero().to(first.device, non_blocking=True).unbind(1)  # (P,) each
     student, teacher = (
-        torch.stack([promote(cam[image, k]) for cam in cams]).nan_to_num(0, 0, 0)
+        activation(torch.stack([promote(cam[image, k]) for cam in cams]))  # (S, P, H, W), (R, P, H, W)
         for cams in (student_cams, teacher_cams)
     )
     loss = (student - attentive_target(student, teacher, attentive=attentive)).abs().sum()
@@ -142,16 +139,6 @@ class MultiScaleAttentiveLoss(nn.Module):
         attentive: False weighs every teacher scale alike (MMM and SMM of Table 1).
         reduction: "mean" or "sum".
 
-    Shape:
-        S and R tensors (B, N, H, W), (B, N) -> scalar.
-
-    Raises:
-        TypeError, ValueError: as `multi_scale_attentive_loss`.
-
-    Reference:
-        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
-        Eq. 6-8.
-
     Example:
         >>> mal = MultiScaleAttentiveLoss()
         >>> cams = [torch.rand(2, 20, 16, 16)]
@@ -164,10 +151,10 @@ class MultiScaleAttentiveLoss(nn.Module):
         _check_settings(attentive, reduction)
         self.attentive, self.reduction = attentive, reduction
 
-    def forward(self, student_cams: Sequence[Tensor], teacher_cams: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def forward(self, student_cams: Sequence[Tensor], teacher_cams: Sequence[Tensor], tags: Tensor) -> Tensor:
         """Return the loss of the student's normalised CAMs against the teacher's."""
         return multi_scale_attentive_loss(
-            student_cams, teacher_cams, labels, attentive=self.attentive, reduction=self.reduction
+            student_cams, teacher_cams, tags, attentive=self.attentive, reduction=self.reduction
         )
 
     def extra_repr(self) -> str:

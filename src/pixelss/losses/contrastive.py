@@ -8,21 +8,23 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from pixelss._checks import check_choice, check_integer, check_number, check_tensor
-from pixelss._resize import promote, resize, resize_matrix
+from pixelss._dtype import full_precision, promote
+from pixelss._labels import mean_over, valid_pixels
+from pixelss._resize import resize, resize_matrix
 
 
 def regional_contrastive_loss(
     features: Tensor,
     mask: Tensor,
     prototypes: Tensor,
-    *,
     filled: Tensor | None = None,
+    *,
     temperature: float = 0.5,
     form: str = "infonce",
     reduction: str = "mean",
     ignore_index: int = 255,
 ) -> Tensor:
-    """Return the regional contrastive loss of Eq. 4-5, exact at the mask's resolution.
+    """Return the regional contrastive loss of Yoon Eq. 4, Yoon Eq. 5, exact at the mask's resolution.
 
     z_pk = <x_p, pt_k> / T with both L2-normalised, where x_p is the feature map bilinearly resized to the mask's
     size. No resized feature is ever stored: the products are resized instead of the features, and |x_p|^2 is
@@ -37,7 +39,7 @@ def regional_contrastive_loss(
         prototypes: one row a class, as `PrototypeBank.prototypes`.
         filled: the rows that exist, as `PrototypeBank.filled`; the others leave the denominator. None: all.
         temperature: T > 0.
-        form: "infonce" for -log softmax, "ratio" for -softmax (Eq. 5 as printed: bounded, robust to noise).
+        form: "infonce" for -log softmax, "ratio" for -softmax (as printed: bounded, robust to noise).
         reduction: "mean" over the valid pixels, "sum" (as printed) or "none".
         ignore_index: the mask's void value.
 
@@ -48,8 +50,7 @@ def regional_contrastive_loss(
         TypeError, ValueError: arguments of another rank, size, dtype kind or device; a setting out of range.
 
     Reference:
-        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
-        Eq. 4-5.
+        Yoon 2021, "Exploring Pixel-level Self-supervision", Eq. 4, Eq. 5.
 
     Example:
         >>> features, prototypes = torch.rand(2, 256, 24, 24, requires_grad=True), torch.rand(21, 256)
@@ -69,23 +70,22 @@ def regional_contrastive_loss(
 
     dtype = torch.promote_types(promote(features).dtype, promote(prototypes).dtype)
     features, prototypes = features.to(dtype), normalize(prototypes.to(dtype), dim=1)
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features):
         products = einsum(features, prototypes, "b d h w, k d -> b k h w")
-    square = _resized_square_norm(features, (H, W))[:, None]
+    square = _resized_square_norm(features, (H, W))[:, None]  # (B, 1, H, W)
     alive = square > torch.finfo(dtype).eps ** 2
     scale = torch.where(alive, torch.where(alive, square, 1).rsqrt(), 0) / temperature
     absent = features.new_zeros(K, 1, 1).masked_fill(~filled[:, None, None], torch.finfo(dtype).min)
-    z = torch.addcmul(absent, resize(products, (H, W)), scale)
+    z = torch.addcmul(absent, resize(products, (H, W)), scale)  # (B, K, H, W)
 
-    label = mask.long()
-    valid = (label != ignore_index) & (label >= 0) & (label < K)
-    label = label.where(valid, 0)
+    label, valid = valid_pixels(mask, K, ignore_index)
     valid = valid & filled[label]
-    log_p = z.log_softmax(1).gather(1, label[:, None]).squeeze(1)
-    loss = (-log_p if form == "infonce" else -log_p.exp()).where(valid, 0)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum().clamp(min=1)
+    log_p = z.log_softmax(1).gather(1, label[:, None]).squeeze(1)  # (B, H, W)
+    loss = -log_p if form == "infonce" else -log_p.exp()
+    if reduction == "mean":
+        return mean_over(loss, valid)
+    loss = loss.where(valid, 0)
+    return loss.sum() if reduction == "sum" else loss
 
 
 def _check_settings(temperature: float, form: str, reduction: str, ignore_index: int) -> None:
@@ -106,15 +106,15 @@ def _resized_square_norm(x: Tensor, size: tuple[int, int]) -> Tensor:
     """
     right, down = x[..., :, :-1] * x[..., :, 1:], x[..., :-1, :] * x[..., 1:, :]
     diagonals = x[..., :-1, :-1] * x[..., 1:, 1:] + x[..., :-1, 1:] * x[..., 1:, :-1]
-    top = torch.cat([x.square().sum(1), right.sum(1)], dim=-1)
-    bottom = torch.cat([down.sum(1), diagonals.sum(1) / 2], dim=-1)
-    products = torch.cat([top, bottom], dim=-2)
+    top = torch.cat([x.square().sum(1), right.sum(1)], dim=-1)  # (B, h, 2w - 1)
+    bottom = torch.cat([down.sum(1), diagonals.sum(1) / 2], dim=-1)  # (B, h - 1, 2w - 1)
+    products = torch.cat([top, bottom], dim=-2)  # (B, 2h - 1, 2w - 1)
     rows, columns = (
         torch.cat([weights.square(), 2 * weights[:, :-1] * weights[:, 1:]], dim=1)
         for weights in (resize_matrix(x.shape[-2], size[0], x), resize_matrix(x.shape[-1], size[1], x))
     )
-    with torch.autocast(x.device.type, enabled=False):
-        return rows @ products @ columns.mT
+    with full_precision(x):
+        return rows @ products @ columns.mT  # (H, 2h - 1) (B, 2h - 1, 2w - 1) (2w - 1, W)
 
 
 class RegionalContrastiveLoss(nn.Module):
@@ -125,16 +125,6 @@ class RegionalContrastiveLoss(nn.Module):
         form: "infonce" or "ratio".
         reduction: "mean", "sum" or "none".
         ignore_index: the mask's void value.
-
-    Shape:
-        (B, D, h, w), (B, H, W), (K, D), (K,) -> scalar, or (B, H, W) for "none".
-
-    Raises:
-        TypeError, ValueError: as `regional_contrastive_loss`.
-
-    Reference:
-        Yoon et al., "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
-        Eq. 4-5.
 
     Example:
         >>> rcl = RegionalContrastiveLoss(form="ratio")
@@ -162,7 +152,7 @@ class RegionalContrastiveLoss(nn.Module):
             features,
             mask,
             prototypes,
-            filled=filled,
+            filled,
             temperature=self.temperature,
             form=self.form,
             reduction=self.reduction,

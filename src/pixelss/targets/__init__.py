@@ -1,0 +1,7 @@
+"""What a loss compares with: masks, prototypes, the teacher."""
+
+from pixelss.targets.prototype import PrototypeBank, class_prototypes
+from pixelss.targets.region import ClassRegionMask, class_region_mask
+from pixelss.targets.teacher import EMATeacher
+
+__all__ = ["ClassRegionMask", "EMATeacher", "PrototypeBank", "class_prototypes", "class_region_mask"]
