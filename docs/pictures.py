@@ -128,8 +128,7 @@ def affinity_picture() -> viz.Pixels:
     many, many_tags, _ = batch(scenes(48, seed=3))
     double = torch.nn.functional.interpolate(torch.cat([images, many]), scale_factor=2, mode="bilinear")
     with torch.no_grad():  # features of two depths at 24 x 24 cells, and the CAM there
-        half = student[0][:9](double)  # after the third convolution
-        deep = student[0][9:](half)
+        half, _, deep = student[0].forward_taps(double)  # of the last three convolutions
         small = pixelss.msinf_cam([student[1](deep).cam], torch.cat([tags, many_tags]))
     low, high = (torch.cat([pixelss.background_score(small, alpha=a), small], 1).argmax(1) for a in (1, 6))
     head = pixelss.AffinityHead((128, 128), dims=(32, 64))

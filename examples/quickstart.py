@@ -13,8 +13,10 @@ import argparse
 import copy
 import json
 import statistics
-import xml.etree.ElementTree as ET
+import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,24 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 from shapes import write_shapes
+from small import network
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from tqdm import tqdm
 
 import pixelss
 from pixelss import viz
 
+sys.path.append(str(Path(__file__).parent / "voc"))
+from data import VOCFolder, read_list, read_names
+
 ROWS = ("baseline", "control", "+RCM", "+MAM", "+RCM+MAM")
-TRAIN_SCALES, SCORE_SCALES = (0.5, 1.0, 2.0), (0.5, 1.0, 1.5, 2.0)
+SCORE_SCALES = (0.5, 1.0, 1.5, 2.0)
+CELL = 120  # width of a picture's column in pixels
+BETTER, WORSE = (0, 114, 178), (213, 94, 0)  # colour-blind eyes tell them apart
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,33 +68,20 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-class VOCFolder:
-    """A folder in the VOC layout; classes from classes.txt, in the masks' order, or sorted from the annotations."""
+@dataclass
+class Data:
+    """A folder in the VOC layout, its images to train on and to score, and the colours that the backbone expects."""
 
-    def __init__(self, root: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        self.root, self.mean, self.std = root, np.array(mean, np.float32), np.array(std, np.float32)
-        lists = root / "ImageSets" / "Segmentation"
-        self.scored = (lists / "train.txt").read_text().split()
-        larger = lists / "train_aug.txt"
-        self.trained = larger.read_text().split() if larger.exists() else self.scored
-        names = {stem: self.names(stem) for stem in self.trained + self.scored}
-        listed = root / "classes.txt"
-        self.classes = listed.read_text().splitlines() if listed.exists() else sorted(set().union(*names.values()))
-        self.tags = {s: torch.tensor([float(c in tags) for c in self.classes]) for s, tags in names.items()}
+    folder: VOCFolder
+    trained: list[str]
+    scored: list[str]
+    tags: dict[str, Tensor]
+    mean: NDArray[np.float32]
+    std: NDArray[np.float32]
 
-    def names(self, stem: str) -> set[str]:
-        objects = ET.parse(self.root / "Annotations" / f"{stem}.xml").iterfind("object/name")
-        return {str(name.text) for name in objects}
-
-    def image(self, stem: str) -> Image.Image:
-        return Image.open(self.root / "JPEGImages" / f"{stem}.jpg").convert("RGB")
-
-    def tensor(self, image: Image.Image) -> Tensor:
-        pixels = (np.asarray(image, dtype=np.float32) / 255 - self.mean) / self.std
+    def tensor(self, image: NDArray[np.uint8]) -> Tensor:
+        pixels = (image.astype(np.float32) / 255 - self.mean) / self.std
         return torch.from_numpy(pixels).permute(2, 0, 1)
-
-    def mask(self, stem: str) -> Tensor:
-        return torch.from_numpy(np.array(Image.open(self.root / "SegmentationClass" / f"{stem}.png")))
 
     def batch(self, seed: int, step: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
         """Rescaled, flipped, randomly cropped (zero-padded) images and their tags; the same for the same step."""
@@ -93,9 +89,9 @@ class VOCFolder:
         stems = rng.choice(self.trained, args.batch, replace=len(self.trained) < args.batch)
         images = torch.zeros(args.batch, 3, args.crop, args.crop)
         for canvas, stem in zip(images, stems, strict=True):
-            image, scale = self.image(stem), rng.uniform(*args.rescale)
+            image, scale = Image.fromarray(self.folder.image(stem)), rng.uniform(*args.rescale)
             width, height = (max(1, round(side * scale)) for side in image.size)
-            pixels = self.tensor(image.resize((width, height), Image.Resampling.BILINEAR))
+            pixels = self.tensor(np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)))
             pixels = pixels.flip(-1) if rng.random() < 0.5 else pixels
             for axis in (1, 2):
                 slack = pixels.shape[axis] - args.crop
@@ -105,16 +101,26 @@ class VOCFolder:
         return images, torch.stack([self.tags[stem] for stem in stems])
 
 
+def read_data(args: argparse.Namespace) -> Data:
+    """Train on train_aug.txt, or without it on train.txt, and score the first images of train.txt."""
+    root = args.data or write_shapes(args.out / "shapes")
+    stems = read_list(root, "train")
+    larger = (root / "ImageSets" / "Segmentation" / "train_aug.txt").exists()
+    trained = read_list(root, "train_aug") if larger else stems
+    listed = (root / "classes.txt").exists()
+    names = set().union(*(read_names(root / "Annotations" / f"{stem}.xml") for stem in {*trained, *stems}))
+    folder = VOCFolder(root, None if listed else sorted(names))
+    tags = {stem: folder.tags(stem) for stem in {*trained, *stems}}
+    known = timm.get_pretrained_cfg(args.backbone) or timm.models.PretrainedCfg()
+    mean, std = (np.array(values, np.float32) for values in (known.mean, known.std))
+    return Data(folder, trained, stems[: args.score_images], tags, mean, std)
+
+
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Sequential:
     """A backbone and a CAM head; with weights its norms stay as they were trained."""
     backbone: Any
     if args.backbone == "small":
-        layers: list[nn.Module] = []
-        for c_in, c_out, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1), (128, 128, 1)):
-            dilation = 3 - stride
-            conv = nn.Conv2d(c_in, c_out, 3, stride, dilation, dilation, bias=False)
-            layers += [conv, nn.GroupNorm(8, c_out), nn.ReLU()]
-        return nn.Sequential(nn.Sequential(*layers), pixelss.CAMHead(128, num_classes))
+        return network(num_classes)
     if args.backbone == "resnet38":
         backbone = pixelss.resnet38(args.weights)
         backbone = backbone.freeze_stem() if args.weights else backbone
@@ -126,22 +132,19 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Sequential:
     return nn.Sequential(backbone, pixelss.CAMHead(backbone.out_channels, num_classes))
 
 
-def train(model: nn.Sequential, data: VOCFolder, args: argparse.Namespace, seed: int, row: str) -> None:
+def train(student: nn.Sequential, data: Data, args: argparse.Namespace, seed: int, row: str) -> None:
     """Train in place: the baseline from scratch, any other row with its losses on top of the converged baseline."""
     first = row == "baseline"
     steps, start, lr = (args.warmup, 0, args.warmup_lr) if first else (args.iterations, args.warmup, args.lr)
     head_lr = lr * (10 if args.weights and first else 1)
-    groups = [{"params": model[:-1].parameters(), "lr": lr}, {"params": model[-1].parameters(), "lr": head_lr}]
+    groups = [{"params": student[:-1].parameters(), "lr": lr}, {"params": student[-1].parameters(), "lr": head_lr}]
     optimizer = torch.optim.SGD(groups, momentum=0.9 if first else 0, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
 
-    teacher = pixelss.EMATeacher(model)
-    region, mal = pixelss.ClassRegionMask(), pixelss.MultiScaleAttentiveLoss()
-    rcl, bank = (
-        pixelss.RegionalContrastiveLoss(form=args.form),
-        pixelss.PrototypeBank(len(data.classes)).to(args.device),
-    )
-    model.train()
+    teacher = pixelss.EMATeacher(student)
+    region, bank = pixelss.ClassRegionMask(), pixelss.PrototypeBank(data.folder.num_classes).to(args.device)
+    rcl, mal = pixelss.RegionalContrastiveLoss(form=args.form), pixelss.MultiScaleAttentiveLoss()
+    student.train()
     torch.manual_seed(seed)
     with ThreadPoolExecutor(1) as pool, tqdm(total=steps, desc=f"seed {seed} {row:9}", ncols=80) as bar:
         upcoming = pool.submit(data.batch, seed, start, args)
@@ -149,10 +152,10 @@ def train(model: nn.Sequential, data: VOCFolder, args: argparse.Namespace, seed:
             images, tags = upcoming.result()
             upcoming = pool.submit(data.batch, seed, step + 1, args)
             images, tags = images.to(args.device, memory_format=torch.channels_last), tags.to(args.device)
-            student_out = pixelss.multi_scale_forward(model, images, scales=TRAIN_SCALES)
-            loss = torch.stack([binary_cross_entropy_with_logits(o.logits, tags) for o in student_out]).mean()
+            student_out = pixelss.multi_scale_forward(student, images)
+            loss = torch.stack([bce(o.logits, tags) for o in student_out]).mean()
             if "+" in row:
-                teacher_out = pixelss.multi_scale_forward(teacher, images, scales=TRAIN_SCALES)
+                teacher_out = pixelss.multi_scale_forward(teacher, images)
             if "RCM" in row:
                 mask = region(pixelss.msinf_cam([o.cam for o in teacher_out], tags), tags)
                 bank.update(teacher_out[1].features, mask)
@@ -163,70 +166,137 @@ def train(model: nn.Sequential, data: VOCFolder, args: argparse.Namespace, seed:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            teacher.update(student)
             schedule.step()
-            teacher.update(model)
             bar.update()
             if step % 10 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
 @torch.no_grad()
-def infer(model: nn.Module, data: VOCFolder, stem: str, device: str) -> list[Tensor]:
+def infer(model: nn.Module, data: Data, stem: str, device: str) -> list[Tensor]:
     """The CAM of all scales together and of every single one, each with its flip, at the image's size."""
-    image, tags = (x.to(device)[None] for x in (data.tensor(data.image(stem)), data.tags[stem]))
+    image, tags = (x.to(device)[None] for x in (data.tensor(data.folder.image(stem)), data.tags[stem]))
     outputs = pixelss.multi_scale_forward(model, torch.cat([image, image.flip(-1)]), scales=SCORE_SCALES)
     pairs = [[o.cam[:1], o.cam[1:].flip(-1)] for o in outputs]
     return [pixelss.msinf_cam(cams, tags) for cams in ([cam for pair in pairs for cam in pair], *pairs)]
 
 
-def score(model: nn.Module, data: VOCFolder, args: argparse.Namespace, desc: str) -> list[float]:
+def score(model: nn.Module, data: Data, args: argparse.Namespace, desc: str) -> list[float]:
     """mIoU, precision, recall (%) and the threshold at the best mIoU; then the best mIoU of every single scale."""
     model.eval()
-    sweeps = [pixelss.ThresholdSweep(len(data.classes)).to(args.device) for _ in range(1 + len(SCORE_SCALES))]
-    for stem in tqdm(data.scored[: args.score_images], desc=desc, ncols=80, leave=False):
+    sweeps = [pixelss.ThresholdSweep(data.folder.num_classes).to(args.device) for _ in range(1 + len(SCORE_SCALES))]
+    for stem in tqdm(data.scored, desc=desc, ncols=80, leave=False):
+        mask = torch.from_numpy(data.folder.mask(stem)).to(args.device)[None]
         for sweep, cam in zip(sweeps, infer(model, data, stem, args.device), strict=True):
-            sweep.update(cam, data.mask(stem).to(args.device)[None])
+            sweep.update(cam, mask)
     whole, *single = (sweep.compute() for sweep in sweeps)
     percent = [100 * values[whole.best].item() for values in (whole.miou, whole.precision, whole.recall)]
     return [*percent, whole.thresholds[whole.best].item(), *(100 * s.miou.max().item() for s in single)]
 
 
-def print_table(results: dict[str, list[list[float]]]) -> None:
-    """Mean over the seeds, and half the range where there are several; fits 80 columns."""
-    print(f"{'':9}{'mIoU':>9}{'prec.':>9}{'recall':>9}{'best t':>7}" + "".join(f"{f'x{s}':>9}" for s in SCORE_SCALES))
+def against_control(results: dict[str, list[list[float]]], row: str) -> list[float]:
+    """The row's mIoU less control's, seed by seed."""
+    return [run[0] - control[0] for run, control in zip(results[row], results["control"], strict=True)]
+
+
+def mean(values: Sequence[float], sign: str = "") -> str:
+    return f"{round(statistics.fmean(values), 1) + 0:{sign}.1f}"  # + 0: no "-0.0"
+
+
+def mean_and_spread(values: Sequence[float], sign: str = "") -> str:
+    """The mean over the seeds and, where there are several, half their range."""
+    return mean(values, sign) + (f"±{(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else "")
+
+
+def print_table(results: dict[str, list[list[float]]], images: int) -> None:
+    """Print all rows, and in words what they say; fits 80 columns."""
+    seeds = len(results["control"])
+    over = f"mean of {seeds} seeds ± half their range" if seeds > 1 else "one seed"
+    print(f"CAMs of {images} images against their masks, in per cent, {over}")
+    print(f"{'against':>26}{'best':>29}   mIoU of single scales")
+    print(f"{'mIoU':>17}{'control':>9}{'precision':>10}{'recall':>9}{'threshold':>10}", end="")
+    print("".join(f"{f'x{scale}':>6}" for scale in SCORE_SCALES))
     for row, runs in results.items():
-        columns = [(statistics.fmean(v), (max(v) - min(v)) / 2) for v in zip(*runs, strict=True)]
-        cells = [f"{mean:.1f}" + f"±{spread:.1f}" * (len(runs) > 1) for mean, spread in columns]
-        cells[3] = f"{columns[3][0]:.2f}"
-        print(f"{row:9}" + "".join(f"{cell:>{7 if i == 3 else 9}}" for i, cell in enumerate(cells)))
+        miou, precision, recall, threshold, *single = zip(*runs, strict=True)
+        gain = "" if row == "control" else mean_and_spread(against_control(results, row), "+")
+        print(f"{row:8}{mean_and_spread(miou):>9}{gain:>9}{mean_and_spread(precision):>10}", end="")
+        print(f"{mean_and_spread(recall):>9}{statistics.fmean(threshold):>10.2f}", end="")
+        print("".join(f"{mean(values):>6}" for values in single))
+    print(in_words(results))
 
 
-def save_picture(models: dict[str, nn.Sequential], data: VOCFolder, args: argparse.Namespace) -> None:
-    """Image, truth and the strongest CAM of every row, for the four scored images of the most classes."""
-    stems = sorted(data.scored[: args.score_images], key=lambda stem: -data.tags[stem].sum().item())[:4]
-    lines = []
-    for stem in stems:
-        image = np.asarray(data.image(stem))
-        cams = (infer(model.eval(), data, stem, args.device)[0] for model in models.values())
-        overlays = [viz.overlay_cam(image, cam.amax((0, 1)).cpu()) for cam in cams]
-        lines.append([image, viz.overlay_mask(image, data.mask(stem)), *overlays])
+def in_words(results: dict[str, list[list[float]]]) -> str:
+    """Say whether a row with blocks is above control, by how much, and how sure that is."""
+    gains = {row: against_control(results, row) for row in results if "+" in row}
+    best, gain = max(gains.items(), key=lambda item: statistics.fmean(item[1]))
+    points = round(statistics.fmean(gain), 1)
+    seeds = f"seeds {min(gain):+.1f} to {max(gain):+.1f}" if len(gain) > 1 else "one seed"
+    if points <= 0:
+        how = f"{-points:.1f} below" if points else "level with it"
+        return f"No row is above control: the best, {best}, is {how} ({seeds})."
+    doubt = ", not in every seed" if min(gain) <= 0 else ""
+    return f"{best} is the best row: {points:.1f} points above control{doubt} ({seeds})."
+
+
+def save_picture(models: dict[str, nn.Sequential], thresholds: dict[str, float], data: Data, out: Path) -> None:
+    """Show control, and what the blocks change in its masks, for the four scored images of the most classes."""
+    stems = sorted(data.scored, key=lambda stem: -data.tags[stem].sum().item())[:4]
     shown = torch.stack([data.tags[stem] for stem in stems]).amax(0)
-    colours = zip(data.classes, viz.voc_palette()[1:], strict=False)
-    legend = {name: colour for (name, colour), tag in zip(colours, shown, strict=True) if tag}
-    titles = ["image", "truth", *models]
-    picture = viz.grid(lines, titles=titles, legend={**legend, "void": viz.voc_palette()[255]}, heat="CAM", cell=120)
-    Image.fromarray(picture).save(args.out / "quickstart.png")
+    colours = zip(data.folder.classes, viz.voc_palette()[1:], strict=False)
+    legend: dict[str, Any] = {name: colour for (name, colour), tag in zip(colours, shown, strict=True) if tag}
+    legend |= {"void": viz.voc_palette()[255], "better than control": BETTER, "worse than control": WORSE}
+    titles = ["image, its tags", "truth", "control: CAM", "control: mask", *(row for row in models if "+" in row)]
+    lines = [picture_row(stem, models, thresholds, data) for stem in stems]
+    Image.fromarray(viz.grid(lines, titles=titles, legend=legend, heat="CAM", cell=CELL)).save(out)
+
+
+def picture_row(
+    stem: str, models: dict[str, nn.Sequential], thresholds: dict[str, float], data: Data
+) -> list[NDArray[np.uint8]]:
+    """An image and its tags, its truth, control's CAM and mask, and where the other rows' masks differ from it."""
+    image, truth, tags = data.folder.image(stem), torch.from_numpy(data.folder.mask(stem)).long(), data.tags[stem]
+    grey = np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
+    names = ", ".join(name for name, tag in zip(data.folder.classes, tags, strict=True) if tag)
+    cells = [caption(image, names), caption(viz.overlay_mask(image, truth))]
+    right, iou = {}, {}
+    for row in ("control", *(row for row in models if "+" in row)):
+        device = str(next(models[row].parameters()).device)
+        cam = infer(models[row].eval(), data, stem, device)[0].cpu()
+        mask = pixelss.class_region_mask(cam, tags[None], threshold=thresholds[row])
+        metric = pixelss.ConfusionMatrix(data.folder.num_classes + 1)
+        metric.update(mask, truth[None])
+        right[row], iou[row] = mask[0] == truth, 100 * metric.compute().miou.item()
+        if row == "control":
+            cells += [caption(viz.overlay_cam(image, cam.amax((0, 1)))), viz.overlay_mask(image, mask[0])]
+            cells[-1] = caption(cells[-1], f"IoU {iou[row]:.1f}")
+            continue
+        change = (right[row].long() + 2 * right["control"].long()) % 3  # 1: only this row is right; 2: only control is
+        picture = viz.overlay_mask(grey, change.where(truth != 255, 0), palette=[(0, 0, 0), BETTER, WORSE], alpha=0.9)
+        cells.append(caption(picture, f"IoU {iou[row]:.1f} ({mean([iou[row] - iou['control']], '+')})"))
+    return cells
+
+
+def caption(picture: NDArray[np.uint8], text: str = "") -> NDArray[np.uint8]:
+    """The picture as wide as its column, with a line of text below, smaller where it would not fit."""
+    image, line = Image.fromarray(picture), 16
+    image = image.resize((CELL, round(CELL * image.height / image.width)))
+    cell = Image.new("RGB", (CELL, image.height + line), "white")
+    cell.paste(image)
+    width = ImageFont.load_default(12).getlength(text)
+    font = ImageFont.load_default(12 * min(1, CELL / max(width, 1)))
+    ImageDraw.Draw(cell).text((CELL / 2, image.height + line / 2), text, "black", font, anchor="mm")
+    return np.asarray(cell)
 
 
 def main() -> None:
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    trained_on = timm.get_pretrained_cfg(args.backbone) or timm.models.PretrainedCfg()
-    data = VOCFolder(args.data or write_shapes(args.out / "shapes"), trained_on.mean, trained_on.std)
+    data = read_data(args)
     results: dict[str, list[list[float]]] = {row: [] for row in ROWS}
     for seed in args.seeds:
         torch.manual_seed(seed)
-        models = {"baseline": build_model(args, len(data.classes)).to(args.device)}
+        models = {"baseline": build_model(args, data.folder.num_classes).to(args.device)}
         for row in ROWS:
             model = models.setdefault(row, copy.deepcopy(models["baseline"]))
             train(model, data, args, seed, row)
@@ -235,8 +305,9 @@ def main() -> None:
             torch.save(model.state_dict(), args.out / f"{row.strip('+')}_{seed}.pth")
         report = {"setting": vars(args), "results": results}
         (args.out / "results.json").write_text(json.dumps(report, indent=1, default=str))
-    print_table(results)
-    save_picture(models, data, args)
+    print_table(results, len(data.scored))
+    thresholds = {row: runs[-1][3] for row, runs in results.items()}  # of the last seed, as the models are
+    save_picture(models, thresholds, data, args.out / "quickstart.png")
     print("picture:", args.out / "quickstart.png")
 
 

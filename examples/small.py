@@ -1,4 +1,4 @@
-"""Generated scenes in memory, and a small CAM network trained on their tags: for notebooks and the docs' pictures.
+"""Generated scenes in memory, and the small CAM network of all examples; for notebooks and pictures, trained.
 
 `trained()` takes half a minute the first time and is kept in runs/small.pth; `batch(scenes(8, seed=1))` gives images,
 tags and masks.
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from shapes import CLASSES, draw_image
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 import pixelss
 
@@ -22,7 +23,7 @@ CACHE = Path(__file__).parent.parent / "runs" / "small.pth"
 
 
 class Scene(NamedTuple):
-    """One generated image: RGB levels, its label map (0 background, 255 void) and its objects' names."""
+    """One generated image: RGB levels, its mask (0 background, 255 void) and its objects' names."""
 
     image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
@@ -36,27 +37,50 @@ def scenes(count: int, *, seed: int, size: int = 96) -> list[Scene]:
 
 
 def batch(chosen: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return normalised images (B, 3, H, W), tags (B, N) and label maps (B, H, W)."""
+    """Return normalised images (B, 3, H, W), tags (B, N) and masks (B, H, W)."""
     images = torch.from_numpy(np.stack([scene.image for scene in chosen])).permute(0, 3, 1, 2)
     tags = torch.tensor([[float(name in scene.names) for name in CLASSES] for scene in chosen])
     return (images / 255 - 0.45) / 0.25, tags, torch.from_numpy(np.stack([scene.mask for scene in chosen])).long()
 
 
+class Backbone(nn.Module):
+    """Five convolutions, stride 8 in all; the last three are the taps of an affinity head."""
+
+    out_channels, stride = 128, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = []
+        for c_in, c_out, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1), (128, 128, 1)):
+            dilation = 3 - stride  # the last two see as far as if they had a stride
+            conv = nn.Conv2d(c_in, c_out, 3, stride, dilation, dilation, bias=False)
+            layers.append(nn.Sequential(conv, nn.GroupNorm(8, c_out), nn.ReLU()))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_taps(x)[-1]
+
+    def forward_taps(self, x: Tensor) -> tuple[Tensor, ...]:
+        outputs = []
+        for layer in self.layers:
+            x = layer(x)
+            outputs.append(x)
+        return tuple(outputs[-3:])
+
+
 def network(num_classes: int = len(CLASSES)) -> nn.Sequential:
-    """Return five convolutions of stride 8 and a `CAMHead`, untrained."""
-    layers: list[nn.Module] = []
-    for c_in, c_out, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1), (128, 128, 1)):
-        conv = nn.Conv2d(c_in, c_out, 3, stride, 3 - stride, 3 - stride, bias=False)
-        layers += [conv, nn.GroupNorm(8, c_out), nn.ReLU()]
-    return nn.Sequential(nn.Sequential(*layers), pixelss.CAMHead(128, num_classes))
+    """Return the backbone and a `CAMHead`, untrained."""
+    return nn.Sequential(Backbone(), pixelss.CAMHead(Backbone.out_channels, num_classes))
 
 
 def trained(steps: int = 200, *, cache: Path | None = CACHE) -> nn.Sequential:
     """Return the network after `steps` of plain classification, from `cache` where it was kept."""
     model = network()
-    if cache and cache.exists() and (kept := torch.load(cache, weights_only=True))["steps"] == steps:
-        model.load_state_dict(kept["model"])
-        return model.eval()
+    if cache and cache.exists():
+        kept = torch.load(cache, weights_only=True)
+        if kept["steps"] == steps and kept["model"].keys() == model.state_dict().keys():
+            model.load_state_dict(kept["model"])
+            return model.eval()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = network()
@@ -69,7 +93,7 @@ def trained(steps: int = 200, *, cache: Path | None = CACHE) -> nn.Sequential:
         top, left = rng.integers(0, 17, 2)
         images = images[:, :, top : top + 80, left : left + 80]
         images = images.flip(-1) if rng.random() < 0.5 else images
-        loss = nn.functional.binary_cross_entropy_with_logits(model(images).logits, tags)
+        loss = bce(model(images).logits, tags)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -45,6 +45,7 @@ class VOCFolder:
             )
         lines = listed.read_text().splitlines() if classes is None else classes
         self.classes = [name for line in lines if (name := line.strip())]
+        self._source = "data.classes" if classes is not None else str(listed)
         self._index = {name: i for i, name in enumerate(self.classes)}
 
     @property
@@ -69,15 +70,9 @@ class VOCFolder:
 
     def tags(self, stem: str) -> Tensor:
         """Return the image's tags (N,), float32, from the object names of its annotation."""
-        path = self.root / "Annotations" / f"{stem}.xml"
-        try:
-            names = {str(name.text).strip() for name in ET.parse(path).iterfind("object/name")}
-        except FileNotFoundError:
-            raise BadFileError(f"{path} is missing: tags come from it.") from None
-        except ET.ParseError as error:
-            raise BadFileError(f"{path} is no readable XML: {error}.") from error
+        names = read_names(path := self.root / "Annotations" / f"{stem}.xml")
         if unknown := sorted(names - self._index.keys()):
-            raise BadFileError(f"{path} names {unknown}, but the classes are {self.classes}: correct data.classes.")
+            raise BadFileError(f"{path} names {unknown}, but the classes are {self.classes}: correct {self._source}.")
         tags = torch.zeros(self.num_classes)
         tags[[self._index[name] for name in names]] = 1
         return tags
@@ -97,6 +92,16 @@ class VOCFolder:
         if wrong := sorted(set(np.unique(mask).tolist()) - {*range(self.num_classes + 1), VOID}):
             raise BadFileError(f"{path} must hold 0 to {self.num_classes} or {VOID}, but holds {wrong}.")
         return mask
+
+
+def read_names(path: Path) -> set[str]:
+    """Return the object names of an annotation."""
+    try:
+        return {str(name.text).strip() for name in ET.parse(path).iterfind("object/name")}
+    except FileNotFoundError:
+        raise BadFileError(f"{path} is missing: tags come from it.") from None
+    except ET.ParseError as error:
+        raise BadFileError(f"{path} is no readable XML: {error}.") from error
 
 
 def read_list(root: Path, name: str) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,32 +19,10 @@ from torch.nn.functional import interpolate
 
 import pixelss
 
+sys.path.append(str(Path(__file__).parent.parent))
+from small import Backbone
+
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class Small(nn.Module):
-    """A few convolutions of stride 8, for the demo and the tests; the last three are its taps."""
-
-    out_channels, stride = 128, 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers = []
-        for c_in, c_out, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1), (128, 128, 1)):
-            dilation = 3 - stride
-            conv = nn.Conv2d(c_in, c_out, 3, stride, dilation, dilation, bias=False)
-            layers.append(nn.Sequential(conv, nn.GroupNorm(8, c_out), nn.ReLU()))
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_taps(x)[-1]
-
-    def forward_taps(self, x: Tensor) -> tuple[Tensor, ...]:
-        outputs = []
-        for layer in self.layers:
-            x = layer(x)
-            outputs.append(x)
-        return tuple(outputs[-3:])
 
 
 class Taps(nn.Module):
@@ -69,7 +49,7 @@ def build_backbone(network: Network) -> Any:
     if network.backbone == "small":
         if network.weights:
             raise ValueError("network.weights must be null for the backbone small, which nobody published weights of.")
-        backbone = Small()
+        backbone = Backbone()
     elif network.backbone == "resnet38":
         backbone = pixelss.resnet38(network.weights)
         backbone = backbone.freeze_stem() if network.weights and network.frozen is None else backbone
