@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from compare import Compared, picture
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from shapes import write_shapes
 from small import network
 from torch import Tensor, nn
@@ -33,15 +34,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from tqdm import tqdm
 
 import pixelss
-from pixelss import viz
 
-sys.path.append(str(Path(__file__).parent / "voc"))
+sys.path.insert(0, str(Path(__file__).parent / "voc"))
 from data import VOCFolder, read_list, read_names
 
 ROWS = ("baseline", "control", "+RCM", "+MAM", "+RCM+MAM")
 SCORE_SCALES = (0.5, 1.0, 1.5, 2.0)
-CELL = 120  # width of a picture's column in pixels
-BETTER, WORSE = (0, 114, 178), (213, 94, 0)  # colour-blind eyes tell them apart
 
 
 def parse_args() -> argparse.Namespace:
@@ -213,7 +211,7 @@ def print_table(results: dict[str, list[list[float]]], images: int) -> None:
     """Print all rows, and in words what they say; fits 80 columns."""
     seeds = len(results["control"])
     over = f"mean of {seeds} seeds ± half their range" if seeds > 1 else "one seed"
-    print(f"CAMs of {images} images against their masks, in per cent, {over}")
+    print(f"CAMs of {images} images, in per cent; {over}")
     print(f"{'against':>26}{'best':>29}   mIoU of single scales")
     print(f"{'mIoU':>17}{'control':>9}{'precision':>10}{'recall':>9}{'threshold':>10}", end="")
     print("".join(f"{f'x{scale}':>6}" for scale in SCORE_SCALES))
@@ -231,7 +229,7 @@ def in_words(results: dict[str, list[list[float]]]) -> str:
     gains = {row: against_control(results, row) for row in results if "+" in row}
     best, gain = max(gains.items(), key=lambda item: statistics.fmean(item[1]))
     points = round(statistics.fmean(gain), 1)
-    seeds = f"seeds {min(gain):+.1f} to {max(gain):+.1f}" if len(gain) > 1 else "one seed"
+    seeds = f"seeds {mean([min(gain)], '+')} to {mean([max(gain)], '+')}" if len(gain) > 1 else "one seed"
     if points <= 0:
         how = f"{-points:.1f} below" if points else "level with it"
         return f"No row is above control: the best, {best}, is {how} ({seeds})."
@@ -239,54 +237,22 @@ def in_words(results: dict[str, list[list[float]]]) -> str:
     return f"{best} is the best row: {points:.1f} points above control{doubt} ({seeds})."
 
 
-def save_picture(models: dict[str, nn.Sequential], thresholds: dict[str, float], data: Data, out: Path) -> None:
+def save_picture(
+    models: dict[str, nn.Sequential], thresholds: dict[str, float], data: Data, args: argparse.Namespace
+) -> None:
     """Show control, and what the blocks change in its masks, for the four scored images of the most classes."""
-    stems = sorted(data.scored, key=lambda stem: -data.tags[stem].sum().item())[:4]
-    shown = torch.stack([data.tags[stem] for stem in stems]).amax(0)
-    colours = zip(data.folder.classes, viz.voc_palette()[1:], strict=False)
-    legend: dict[str, Any] = {name: colour for (name, colour), tag in zip(colours, shown, strict=True) if tag}
-    legend |= {"void": viz.voc_palette()[255], "better than control": BETTER, "worse than control": WORSE}
-    titles = ["image, its tags", "truth", "control: CAM", "control: mask", *(row for row in models if "+" in row)]
-    lines = [picture_row(stem, models, thresholds, data) for stem in stems]
-    Image.fromarray(viz.grid(lines, titles=titles, legend=legend, heat="CAM", cell=CELL)).save(out)
-
-
-def picture_row(
-    stem: str, models: dict[str, nn.Sequential], thresholds: dict[str, float], data: Data
-) -> list[NDArray[np.uint8]]:
-    """An image and its tags, its truth, control's CAM and mask, and where the other rows' masks differ from it."""
-    image, truth, tags = data.folder.image(stem), torch.from_numpy(data.folder.mask(stem)).long(), data.tags[stem]
-    grey = np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
-    names = ", ".join(name for name, tag in zip(data.folder.classes, tags, strict=True) if tag)
-    cells = [caption(image, names), caption(viz.overlay_mask(image, truth))]
-    right, iou = {}, {}
-    for row in ("control", *(row for row in models if "+" in row)):
-        device = str(next(models[row].parameters()).device)
-        cam = infer(models[row].eval(), data, stem, device)[0].cpu()
-        mask = pixelss.class_region_mask(cam, tags[None], threshold=thresholds[row])
-        metric = pixelss.ConfusionMatrix(data.folder.num_classes + 1)
-        metric.update(mask, truth[None])
-        right[row], iou[row] = mask[0] == truth, 100 * metric.compute().miou.item()
-        if row == "control":
-            cells += [caption(viz.overlay_cam(image, cam.amax((0, 1)))), viz.overlay_mask(image, mask[0])]
-            cells[-1] = caption(cells[-1], f"IoU {iou[row]:.1f}")
-            continue
-        change = (right[row].long() + 2 * right["control"].long()) % 3  # 1: only this row is right; 2: only control is
-        picture = viz.overlay_mask(grey, change.where(truth != 255, 0), palette=[(0, 0, 0), BETTER, WORSE], alpha=0.9)
-        cells.append(caption(picture, f"IoU {iou[row]:.1f} ({mean([iou[row] - iou['control']], '+')})"))
-    return cells
-
-
-def caption(picture: NDArray[np.uint8], text: str = "") -> NDArray[np.uint8]:
-    """The picture as wide as its column, with a line of text below, smaller where it would not fit."""
-    image, line = Image.fromarray(picture), 16
-    image = image.resize((CELL, round(CELL * image.height / image.width)))
-    cell = Image.new("RGB", (CELL, image.height + line), "white")
-    cell.paste(image)
-    width = ImageFont.load_default(12).getlength(text)
-    font = ImageFont.load_default(12 * min(1, CELL / max(width, 1)))
-    ImageDraw.Draw(cell).text((CELL / 2, image.height + line / 2), text, "black", font, anchor="mm")
-    return np.asarray(cell)
+    compared = []
+    for stem in sorted(data.scored, key=lambda stem: -data.tags[stem].sum().item())[:4]:
+        cams, tags = {}, data.tags[stem]
+        for row in ROWS[1:]:
+            cams[row] = infer(models[row].eval(), data, stem, args.device)[0].cpu()
+        masks = {
+            row: pixelss.class_region_mask(cam, tags[None], threshold=thresholds[row])[0] for row, cam in cams.items()
+        }
+        names = [name for name, tag in zip(data.folder.classes, tags, strict=True) if tag]
+        truth = torch.from_numpy(data.folder.mask(stem)).long()
+        compared.append(Compared(data.folder.image(stem), names, truth, cams["control"].amax((0, 1)), masks))
+    Image.fromarray(picture(compared, data.folder.classes)).save(args.out / "quickstart.png")
 
 
 def main() -> None:
@@ -307,7 +273,7 @@ def main() -> None:
         (args.out / "results.json").write_text(json.dumps(report, indent=1, default=str))
     print_table(results, len(data.scored))
     thresholds = {row: runs[-1][3] for row, runs in results.items()}  # of the last seed, as the models are
-    save_picture(models, thresholds, data, args.out / "quickstart.png")
+    save_picture(models, thresholds, data, args)
     print("picture:", args.out / "quickstart.png")
 
 

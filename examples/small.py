@@ -52,7 +52,7 @@ class Backbone(nn.Module):
         super().__init__()
         layers = []
         for c_in, c_out, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1), (128, 128, 1)):
-            dilation = 3 - stride  # the last two see as far as if they had a stride
+            dilation = 3 - stride  # 2 where there is no stride: cells stay small, the view grows
             conv = nn.Conv2d(c_in, c_out, 3, stride, dilation, dilation, bias=False)
             layers.append(nn.Sequential(conv, nn.GroupNorm(8, c_out), nn.ReLU()))
         self.layers = nn.ModuleList(layers)

@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.utils.data import DataLoader
 
 import pixelss
@@ -31,14 +32,13 @@ class WeaklySupervised(lightning.LightningModule):
     def training_step(self, data: tuple[Tensor, Tensor, Tensor], _: int) -> Tensor:
         images, tags, _masks = data
         student_out = pixelss.multi_scale_forward(self.student, images)
-        bce = nn.functional.binary_cross_entropy_with_logits
         loss = torch.stack([bce(o.logits, tags) for o in student_out]).mean()
         if self.global_step >= self.start:
             teacher_out = pixelss.multi_scale_forward(self.teacher, images)
             mask = self.region(pixelss.msinf_cam([o.cam for o in teacher_out], tags), tags)
             self.bank.update(teacher_out[1].features, mask)
-            cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
             loss = loss + self.rcl(student_out[1].features, mask, self.bank.prototypes, self.bank.filled)
+            cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
             loss = loss + self.mal(*cams, tags)
         return loss
 

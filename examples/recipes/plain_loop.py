@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 import pixelss
 
@@ -18,11 +19,10 @@ def main(steps: int = 6, start: int = 3) -> nn.Module:
     # Yours: network, data, optimiser. `start` is where the baseline has converged; 3 is for show.
     student, pool = network(num_classes=4), scenes(16, seed=0)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.02, weight_decay=5e-4)
-    bce = nn.BCEWithLogitsLoss()
 
     # Ours.
     teacher = pixelss.EMATeacher(student)
-    region, bank = pixelss.ClassRegionMask(threshold=0.2), pixelss.PrototypeBank(num_classes=4)
+    region, bank = pixelss.ClassRegionMask(), pixelss.PrototypeBank(num_classes=4)
     rcl, mal = pixelss.RegionalContrastiveLoss(), pixelss.MultiScaleAttentiveLoss()
 
     for step in range(steps):
@@ -35,8 +35,8 @@ def main(steps: int = 6, start: int = 3) -> nn.Module:
             teacher_out = pixelss.multi_scale_forward(teacher, images)
             mask = region(pixelss.msinf_cam([o.cam for o in teacher_out], tags), tags)
             bank.update(teacher_out[1].features, mask)
-            cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
             loss = loss + rcl(student_out[1].features, mask, bank.prototypes, bank.filled)
+            cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
             loss = loss + mal(*cams, tags)
         optimizer.zero_grad()
         loss.backward()

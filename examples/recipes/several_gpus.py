@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.parallel import DistributedDataParallel
 
 import pixelss
@@ -41,24 +42,22 @@ def main() -> None:
     student = DistributedDataParallel(network(num_classes=4).to(device))
     teacher = pixelss.EMATeacher(student)  # looks through the wrapper; the same on every process
     region, bank = pixelss.ClassRegionMask(), pixelss.PrototypeBank(num_classes=4).to(device)
-    rcl, mal = (
-        pixelss.RegionalContrastiveLoss(reduction="sum"),
-        pixelss.MultiScaleAttentiveLoss(reduction="sum"),
-    )
-    bce = nn.BCEWithLogitsLoss()  # shards of one size: a mean of means is the mean
+    rcl = pixelss.RegionalContrastiveLoss(reduction="sum")
+    mal = pixelss.MultiScaleAttentiveLoss(reduction="sum")
     optimizer = torch.optim.SGD(student.parameters(), lr=0.02)
 
     for step in range(3):
         images, tags, _ = (x.to(device) for x in batch(scenes(4, seed=10 * step + rank)))  # your sampler
         student_out = pixelss.multi_scale_forward(student, images)
+        # Shards of one size: a mean of means is the mean.
+        loss = torch.stack([bce(o.logits, tags) for o in student_out]).mean()
         teacher_out = pixelss.multi_scale_forward(teacher, images)
         mask = region(pixelss.msinf_cam([o.cam for o in teacher_out], tags), tags)
         bank.update(teacher_out[1].features, mask)  # every process calls it, with an empty shard too
         pixels = over_processes(torch.tensor(mask.numel(), device=device))
-        pairs = over_processes(tags.sum() * mask[0].numel())
-        cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
-        loss = torch.stack([bce(o.logits, tags) for o in student_out]).mean()
         loss = loss + rcl(student_out[1].features, mask, bank.prototypes, bank.filled) / pixels
+        cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
+        pairs = over_processes(tags.sum() * mask[0].numel())
         loss = loss + mal(*cams, tags) / pairs
         optimizer.zero_grad()
         loss.backward()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 import pixelss
 
@@ -22,7 +23,6 @@ def main() -> None:
 
     images, tags = torch.rand(2, 3, 96, 128), torch.eye(20)[[14, 7]]
     outputs = pixelss.multi_scale_forward(model, images, scales=(1.0, 1.5))
-    bce = nn.functional.binary_cross_entropy_with_logits
     loss = torch.stack([bce(o.logits, tags) for o in outputs]).mean()
     loss.backward()
     optimizer.step()
