@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ VOC_MINI = Path(os.environ.get("PIXELSS_VOC_MINI", Path(__file__).parent.parent.
 ROWS = ["baseline", "control", "+RCM", "+MAM", "+RCM+MAM"]
 sys.path.insert(0, str(EXAMPLES))
 
+from quickstart import in_words, print_table, read_data  # noqa: E402
 from shapes import CLASSES, VOID, write_shapes  # noqa: E402
 
 from pixelss.viz import voc_palette  # noqa: E402
@@ -34,8 +36,10 @@ def check_outputs(out: Path, table: str, seeds: int) -> None:
         len(runs) == seeds and np.isfinite(runs).all() and np.shape(runs) == (seeds, 8) for runs in results.values()
     )
     lines = table.splitlines()
-    assert [line.split()[0] for line in lines[1:6]] == ROWS
-    assert max(map(len, lines[:6])) <= 80
+    assert "in per cent" in lines[0]
+    assert [line.split()[0] for line in lines[3:8]] == ROWS
+    assert "control" in lines[8]
+    assert max(map(len, lines[:9])) <= 80
     with Image.open(out / "quickstart.png") as picture:
         assert picture.size[0] > 500
 
@@ -51,6 +55,79 @@ def test_quickstart_on_generated_images(tmp_path):
 def test_quickstart_on_photographs(tmp_path):
     table = run_quickstart(tmp_path, "--data", str(VOC_MINI), "--crop", "64", "--rescale", "0.2", "0.4")
     check_outputs(tmp_path, table, seeds=1)
+
+
+def results_of(**gains: list[float]) -> dict[str, list[list[float]]]:
+    """Results of rows that lie so many points above a control of 60, seed by seed; `_` stands for `+`."""
+    seeds = len(next(iter(gains.values())))
+    rows = {"baseline": [0.0] * seeds, "control": [0.0] * seeds}
+    rows |= {name.replace("_", "+"): values for name, values in gains.items()}
+    return {row: [[60 + value, 70, 80, 0.4, 50, 51, 52, 53] for value in values] for row, values in rows.items()}
+
+
+@pytest.mark.parametrize(
+    ("gains", "words"),
+    [
+        ({"_RCM": [-0.1], "_MAM": [1.1]}, "+MAM is the best row: 1.1 points above control (one seed)."),
+        ({"_RCM": [-0.3], "_MAM": [-2]}, "No row is above control: the best, +RCM, is 0.3 below (one seed)."),
+        ({"_RCM": [-0.04], "_MAM": [-2]}, "No row is above control: the best, +RCM, is level with it (one seed)."),
+        ({"_MAM": [0.5, 1.1]}, "+MAM is the best row: 0.8 points above control (seeds +0.5 to +1.1)."),
+        (
+            {"_RCM_MAM": [-0.04, 1.1]},
+            "+RCM+MAM is the best row: 0.5 points above control, not in every seed (seeds +0.0 to +1.1).",
+        ),
+    ],
+)
+def test_the_last_line_says_what_the_table_says(gains, words, capsys):
+    results = results_of(**gains)
+    assert in_words(results) == words
+    print_table(results, 120)
+    assert capsys.readouterr().out.splitlines()[-1] == words
+
+
+def test_the_table_shows_differences_and_spreads(capsys):
+    print_table(results_of(_MAM=[0.5, 1.1]), 120)
+    assert [line.split()[1:3] for line in capsys.readouterr().out.splitlines()[3:6]] == [
+        ["60.0±0.0", "+0.0±0.0"],
+        ["60.0±0.0", "70.0±0.0"],  # control against itself says nothing
+        ["60.8±0.3", "+0.8±0.3"],
+    ]
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["classes.txt", "annotations"])
+def test_classes_and_tags_of_a_folder(listed, tmp_path):
+    root = write_shapes(tmp_path / "set", train=12, val=1, size=40)
+    if not listed:
+        (root / "classes.txt").unlink()
+    data = read_data(Namespace(data=root, backbone="small", score_images=3))
+    assert data.folder.classes == list(CLASSES)  # sorted, and all of them are seen
+    assert len(data.trained) == len(data.tags) == 12
+    assert data.scored == data.trained[:3]
+    present = [CLASSES[k] for k in data.tags["train_0000"].nonzero().flatten()]
+    assert present
+    annotation = (root / "Annotations/train_0000.xml").read_text()
+    assert present == [name for name in CLASSES if f"<name>{name}</name>" in annotation]
+
+
+def step_of(path: Path) -> list[str]:
+    """The eight statements of a training step that are ours, without what only some trainers need."""
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        text = "".join(line for cell in json.loads(text)["cells"] for line in cell["source"])
+    plain = text.replace("self.", "").replace(" / pixels", "").replace(" / pairs", "")
+    lines = [line.split("  #")[0].strip() for line in plain.splitlines()]
+    starts = ("student_out =", "loss =", "teacher_out =", "mask =", "bank.update(", "cams =")
+    return [line for line in lines if line.startswith(starts)][:8]
+
+
+@pytest.mark.parametrize(
+    "name", ["quickstart.py", "recipes/lightning_module.py", "recipes/several_gpus.py", "notebooks/trainer.ipynb"]
+)
+def test_a_training_step_is_the_same_lines_everywhere(name):
+    step = step_of(EXAMPLES / "recipes/plain_loop.py")
+    assert step[0] == "student_out = pixelss.multi_scale_forward(student, images)"
+    assert step[-1] == "loss = loss + mal(*cams, tags)"
+    assert step_of(EXAMPLES / name) == step
 
 
 def digest(root: Path) -> str:

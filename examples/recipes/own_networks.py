@@ -32,7 +32,7 @@ class MyCAMNetwork(nn.Module):
 
 @torch.no_grad()
 def pseudo_labels(model: nn.Module, images: Tensor, levels: Tensor, tags: Tensor) -> Tensor:
-    """Return label maps (B, H, W): CAM, dense CRF, 255 where neither the background nor a class is sure."""
+    """Return masks (B, H, W): CAM, dense CRF, 255 where neither the background nor a class is sure."""
     outputs = pixelss.multi_scale_forward(model, images)
     cam = pixelss.msinf_cam([o.cam for o in outputs], tags)
     probs = torch.cat([pixelss.background_score(cam, alpha=2), cam], dim=1)
