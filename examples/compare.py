@@ -72,6 +72,6 @@ def _captioned(pixels: Pixels, text: str = "") -> Pixels:
     cell = Image.new("RGB", (CELL, image.height + LINE), "white")
     cell.paste(image)
     wide = ImageFont.load_default(12).getlength(text)
-    font = ImageFont.load_default(12 * min(1, CELL / max(wide, 1)))
+    font = ImageFont.load_default(12 * min(1, 0.95 * CELL / max(wide, 1)))  # hinting makes small text wider
     ImageDraw.Draw(cell).text((CELL / 2, image.height + LINE / 2), text, "black", font, anchor="mm")
     return np.asarray(cell)

@@ -150,6 +150,7 @@ def train(student: nn.Sequential, data: Data, args: argparse.Namespace, seed: in
             images, tags = upcoming.result()
             upcoming = pool.submit(data.batch, seed, step + 1, args)
             images, tags = images.to(args.device, memory_format=torch.channels_last), tags.to(args.device)
+            # The step of recipes/plain_loop.py, line by line; a row takes the lines of its blocks.
             student_out = pixelss.multi_scale_forward(student, images)
             loss = torch.stack([bce(o.logits, tags) for o in student_out]).mean()
             if "+" in row:
