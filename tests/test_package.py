@@ -14,6 +14,7 @@ import pixelss.viz
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+BASES = ("https://github.com/pixelss/pixelss/blob/main/", "https://raw.githubusercontent.com/pixelss/pixelss/main/")
 NEVER_RAISE = {"ResNet38", "freeze_norm", "viz.voc_palette"}
 NO_TENSORS = {"freeze_norm", "load_resnet38", "pair_offsets"}
 DOCUMENTED = {name: getattr(pixelss, name) for name in pixelss.__all__}
@@ -75,6 +76,27 @@ def test_readme_code_runs():
 
 def test_readme_names_exist():
     assert not [name for name in re.findall(r"`pixelss\.(\w+)`", README) if not hasattr(pixelss, name)]
+
+
+def test_readme_fits_a_first_screen():
+    code = [line for block in re.findall(r"```\w+\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+    assert max(map(len, code)) <= 92  # a package index cuts what is wider
+    assert len(README.splitlines()) <= 125
+
+
+def test_readme_links_work_on_a_package_index_too():
+    targets = re.findall(r"\]\(([^)\s]+)\)", README)
+    assert not [target for target in targets if not target.startswith("https://")]
+    for base in BASES:
+        here = [target.removeprefix(base) for target in targets if target.startswith(base)]
+        assert here
+        assert not [target for target in here if not (ROOT / target.partition("#")[0]).exists()]
+
+
+def test_readme_marks_what_others_fill_and_take():
+    for start, end in (("<!-- status -->", "<!-- /status -->"), ("<!-- blocks:", "<!-- /blocks -->")):
+        assert (README.count(start), README.count(end)) == (1, 1)
+        assert README.index(start) < README.index(end)
 
 
 def test_readme_and_ci_share_the_test_command():
