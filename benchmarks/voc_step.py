@@ -40,7 +40,7 @@ from data import VOCFolder
 from infer_cam import write_cams
 from networks import build_cam
 from stages import Run
-from train_cam import Objective
+from train_cam import STAGE, Objective
 
 WARMUP = 3  # steps before the clock starts: memory, compilation
 # row -> precision, whether compiled, memory layout
@@ -87,10 +87,9 @@ def measure_step(run: Run, way: str, steps: int) -> dict[str, float]:
     config.cam.rcm_gate = config.cam.mam_gate = Gate(iterations=0)
     config.cam.schedule.iterations = WARMUP + steps + 1  # the last one also writes a checkpoint
     student = build(run).to(run.device)
-    bank = pixelss.PrototypeBank(run.data.num_classes, config.network.dim).to(run.device)
     samples = Repeated(run.data, run.data.stems(config.data.train), config, config.cam.augment)
-    objective = Objective(config.cam, student, bank, len(samples))
-    training.train(run, "train_cam", student, samples, objective, after_step=lambda: objective.teacher.update(student))
+    objective = Objective(config, student, run.data.num_classes, len(samples))
+    training.train(run, STAGE, student, samples, objective, after_step=lambda: objective.teacher.update(student))
     seconds = (samples.times[1] - samples.times[0]) / steps
     return {"seconds": seconds, "images": config.cam.schedule.batch, "tflop": step_tflop(run), "peak_mib": peak(run)}
 

@@ -101,15 +101,15 @@ def test_teacher(cuda):
 @pytest.mark.parametrize(("backbone", "row"), [*(("small", row) for row in ROWS), ("resnet38", "MAM+RCM")])
 def test_step_of_train_cam(backbone, row, cuda):
     names = {name.removeprefix("cam."): value for name, value in ROWS[row].items()}
-    config = replace(CAM(mam_gate=Gate(iterations=0)), **names)
-    student = build_cam(Config(network=Network(backbone, dim=16)), 5)
-    objective = Objective(config, student, pixelss.PrototypeBank(5, 16), 100)
+    config = Config(network=Network(backbone, dim=16), cam=replace(CAM(mam_gate=Gate(iterations=0)), **names))
+    student = build_cam(config, 5)
+    objective = Objective(config, student, 5, 100)
     tags = torch.ones(2, 5, device="cpu")  # as to_device leaves them
     batch = Batch(torch.rand(2, 3, 48, 48), tags, torch.zeros(2, 0, 48, 48, dtype=torch.uint8))
     for report in (False, True):
         assert devices(objective(student, batch, 0, report)) == {"cuda"}
     objective.teacher.update(student)
-    assert devices(objective.teacher.state_dict()) == {"cuda"}
+    assert all(devices(module.state_dict()) == {"cuda"} for module in objective.modules.values())
 
 
 def test_steps_of_the_other_trainings(cuda):

@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     Attributes:
         images: normalised (B, 3, crop, crop), zero outside the image.
         tags: (B, N), on the CPU.
-        maps: label maps (B, M, crop, crop), uint8, void outside the image.
+        maps: masks (B, M, crop, crop), uint8, void outside the image.
     """
 
     images: Tensor
@@ -83,7 +83,7 @@ def _draw_area(
 
 
 def cut(pixels: NDArray[np.uint8], window: Window, resample: Resampling) -> NDArray[np.uint8]:
-    """Return the window of an image or label map, resized and flipped."""
+    """Return the window of an image or mask, resized and flipped."""
     part = np.asarray(Image.fromarray(pixels).resize(window.size, resample, window.box))
     return part[:, ::-1] if window.flip else part
 
@@ -116,7 +116,7 @@ class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
         stems: the training list.
         config: its seed, normalisation and `data.on_bad_file` count.
         augment: of the stage.
-        map_folders: folders of label maps STEM.png that are cut like their image; None: the data set's masks.
+        map_folders: folders of masks STEM.png that are cut like their image; None: the data set's masks.
     """
 
     def __init__(
@@ -159,8 +159,8 @@ class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
         images = torch.zeros(1, 3, crop, crop)
         images[0, :, top : top + h, left : left + w] = to_tensor(pixels, self.config)
         canvas = torch.full((1, len(maps), crop, crop), VOID, dtype=torch.uint8)
-        for i, label_map in enumerate(maps):
-            part = torch.from_numpy(cut(label_map, window, Resampling.NEAREST).copy())
+        for i, mask in enumerate(maps):
+            part = torch.from_numpy(cut(mask, window, Resampling.NEAREST).copy())
             canvas[0, i, top : top + h, left : left + w] = part
         return Batch(images, tags[None], canvas)
 

@@ -1,4 +1,4 @@
-"""Label maps from CAMs by a CRF: the two of AffinityNet's training, and the steps that other stages share."""
+"""Masks from CAMs by a CRF: the two of AffinityNet's training, and the steps that other stages share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Array = NDArray[np.uint8]
 
 @torch.inference_mode()
 def write_crf_labels(run: Run) -> None:
-    """Write two label maps of every training image: low's foreground and high's background are to be trusted."""
+    """Write two masks of every training image: low's foreground and high's background are to be trusted."""
     config = run.config.affinity
 
     def paths(stem: str) -> list[Path]:
@@ -42,9 +42,9 @@ def write_crf_labels(run: Run) -> None:
     stems = run.data.stems(run.config.data.train)
     with writing(run) as write:
         for ((stem, (image, both, tags)),) in shared_batches(run, stems, read, desc="crf_labels", done=done):
-            maps = label_maps(image, both.to(run.device), tags, config.crf)
-            for path, labels in zip(paths(stem), maps, strict=True):
-                write(save_mask, path, labels)
+            masks = crf_masks(image, both.to(run.device), tags, config.crf)
+            for path, mask in zip(paths(stem), masks, strict=True):
+                write(save_mask, path, mask)
     barrier()
 
 
@@ -53,10 +53,10 @@ def with_background(cam: Tensor, tags: Tensor, background: Tensor) -> Tensor:
     return torch.cat([background, cam[:, tags > 0]], 1)
 
 
-def label_maps(image: Array, scores: Tensor, tags: Tensor, crf: CRF | None) -> Sequence[Array]:
-    """Return the label maps (H, W) of S sets of scores (S, 1 + P, H, W) of one image, which share the CRF's lattice."""
+def crf_masks(image: Array, scores: Tensor, tags: Tensor, crf: CRF | None) -> Sequence[Array]:
+    """Return the masks (H, W) of S sets of scores (S, 1 + P, H, W) of one image, which share the CRF's lattice."""
     if crf:
         levels = torch.from_numpy(image).to(scores.device).permute(2, 0, 1).expand(len(scores), -1, -1, -1)
         scores = pixelss.dense_crf(levels, scores, **asdict(crf))
     classes = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + tags.nonzero().flatten()])
-    return [labels.numpy() for labels in classes[scores.argmax(1).cpu()].to(torch.uint8)]
+    return [mask.numpy() for mask in classes[scores.argmax(1).cpu()].to(torch.uint8)]

@@ -12,7 +12,7 @@ import yaml
 from inference import shared_batches
 from numpy.typing import NDArray
 from parallel import rank, sum_over
-from stages import Run
+from stages import IMAGES, MASKS, Run, Stage
 from storage import write_atomic
 
 import pixelss
@@ -21,7 +21,7 @@ Array = NDArray[np.uint8]
 
 
 def score_masks(run: Run, folder: Path, stems: list[str], desc: str) -> tuple[pixelss.SegmentationScores, int]:
-    """Return the scores of the label maps in `folder` against the data set's masks, and how many were scored."""
+    """Return the scores of the masks in `folder` against the data set's, and how many were scored."""
     matrix = pixelss.ConfusionMatrix(run.data.num_classes + 1)
 
     def read(stem: str) -> tuple[Array, Array]:
@@ -41,7 +41,7 @@ def by_class(run: Run, iou: torch.Tensor) -> dict[str, float | None]:
 
 
 def evaluate(run: Run) -> None:
-    """Score infer_seg's label maps; write scores.json and table.md."""
+    """Score infer_seg's masks; write scores.json and table.md."""
     name = run.config.data.val
     if name is None:
         run.finish("evaluate", skipped="data.val is null")
@@ -71,3 +71,12 @@ def paper_figures() -> dict[str, dict[str, dict[str, float]]]:
         (Path(__file__).parent / "paper_figures.yaml").read_text()
     )
     return figures
+
+
+STAGE = Stage(
+    "evaluate",
+    evaluate,
+    memory="the size of the images",
+    needs=("infer_seg",),
+    reads=lambda config: [(config.data.val, {**IMAGES, **MASKS})],
+)

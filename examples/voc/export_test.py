@@ -9,7 +9,7 @@ import tarfile
 from data import VOID, BadFileError
 from parallel import rank
 from PIL import Image
-from stages import Run
+from stages import IMAGES, Run, Stage
 from storage import write_atomic
 
 _INSIDE = "results/VOC2012/Segmentation/comp6_test_cls"
@@ -57,3 +57,12 @@ def _archive(run: Run, stems: list[str]) -> bytes:
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     return packed.getvalue()
+
+
+STAGE = Stage(
+    "export_test",
+    export_test,
+    memory="the number of test images, whose archive is made in memory",
+    needs=("infer_seg",),
+    reads=lambda config: [(config.data.test, IMAGES)],
+)

@@ -66,13 +66,13 @@ def headroom(run: Run) -> Headroom:
         count = sum(p < len(samples) for p in share(range(first, first + config.schedule.batch)))
         if count == 0:  # the stream goes on with the first image again
             continue
-        images, tags, maps = (part[:count] for part in batch)
-        truth, labels = maps[:, 0].to(run.device), tags.to(run.device)
+        images, tags, maps = (part[:count].to(run.device) for part in batch)
+        truth = maps[:, 0]
         with autocast(run):
-            x = images.to(run.device, memory_format=torch.channels_last)
+            x = images.to(memory_format=torch.channels_last)
             outputs = pixelss.multi_scale_forward(network, x, scales=config.scales)
         cams = [pixelss.normalize_cam(output.cam) for output in outputs]
-        image, k = (labels > 0).nonzero(as_tuple=True)
+        image, k = (tags > 0).nonzero(as_tuple=True)
         present = torch.stack([cam[image, k] for cam in cams])
         targets = {
             "CAM": present,
@@ -84,9 +84,9 @@ def headroom(run: Run) -> Headroom:
                 full = torch.zeros_like(cams[0])
                 full[image, k] = values / 2
                 sweeps[row, column].update(full, truth)
-        together = pixelss.msinf_cam([output.cam for output in outputs], labels)
+        together = pixelss.msinf_cam([output.cam for output in outputs], tags)
         sweeps["all", "CAM"].update(together / 2, truth)
-        region.update(pixelss.class_region_mask(together, labels, threshold=config.threshold), truth)
+        region.update(pixelss.class_region_mask(together, tags, threshold=config.threshold), truth)
     scales: dict[str, dict[str, float]] = defaultdict(dict)
     for (row, column), sweep in sweeps.items():
         scores = sweep.compute()

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import BadFileError
-from inference import autocast, cam_stems, shared_batches, to_input, writing
+from inference import autocast, cam_stems, pixels_inferred, shared_batches, to_input, writing
 from networks import load_trained
 from numpy.typing import NDArray
 from parallel import sum_over
-from stages import Run
+from stages import IMAGES, TAGS, Run, Stage
 from storage import load_cam, save_cam
 from torch import Tensor, nn
 
@@ -59,10 +59,10 @@ def write_cams(run: Run, stems: Sequence[str]) -> float:
     with writing(run) as write:
         for batch in shared_batches(run, stems, read, desc="infer_cam", done=done, max_batch=config.max_batch):
             outputs = cams_of_scales(run, model, [image for _, (image, _) in batch])
-            labels = torch.stack([tags for _, (_, tags) in batch]).to(run.device)
-            together = pixelss.msinf_cam([cam for pair in outputs for cam in pair], labels)
+            shown = torch.stack([tags for _, (_, tags) in batch]).to(run.device)
+            together = pixelss.msinf_cam([cam for pair in outputs for cam in pair], shown)
             cams = {None: together} | {
-                scale: pixelss.msinf_cam(pair, labels)
+                scale: pixelss.msinf_cam(pair, shown)
                 for scale, pair in zip(config.scales, outputs, strict=True)
                 if single
             }
@@ -90,3 +90,16 @@ def _whole(run: Run, path: Path) -> bool:
     except BadFileError:
         return False
     return True
+
+
+STAGE = Stage(
+    "infer_cam",
+    infer_cam,
+    memory="infer_cam.max_batch",
+    needs=("train_cam",),
+    reads=lambda config: [(name, {**IMAGES, **TAGS}) for name in (config.data.train, config.data.score)],
+    settings=("data.score", "infer_cam.scales", "infer_cam.single_scales"),
+    pixels=lambda plan: pixels_inferred(
+        plan.images(plan.config.data.train, plan.config.data.score), plan.config.infer_cam.scales
+    ),
+)

@@ -1,4 +1,4 @@
-"""Stage infer_seg: label maps of the val and test lists, from several scales and flips, then a CRF."""
+"""Stage infer_seg: masks of the val and test lists, from several scales and flips, then a CRF."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-from inference import autocast, shared_batches, to_input, writing
+from inference import autocast, pixels_inferred, shared_batches, to_input, writing
 from networks import load_trained
-from stages import Run
+from stages import IMAGES, Run, Stage
 from storage import save_mask
 from torch import nn
 
@@ -16,7 +16,7 @@ import pixelss
 
 
 def infer_seg(run: Run) -> None:
-    """Write the label maps that are not there yet."""
+    """Write the masks that are not there yet."""
     network = load_trained(run, "train_seg")
     lists = {"val": run.config.data.val, "test": run.config.data.test}
     counts = {split: _segment(run, network, split, run.data.stems(name)) for split, name in lists.items() if name}
@@ -40,6 +40,19 @@ def _segment(run: Run, network: nn.Module, split: str, stems: list[str]) -> int:
             probs = logits.softmax(1)
             if config.crf:
                 probs = pixelss.dense_crf(levels, probs, **asdict(config.crf))
-            for (stem, _), labels in zip(batch, probs.argmax(1).to(torch.uint8).cpu().numpy(), strict=True):
-                write(save_mask, folder / f"{stem}.png", np.ascontiguousarray(labels))
+            for (stem, _), mask in zip(batch, probs.argmax(1).to(torch.uint8).cpu().numpy(), strict=True):
+                write(save_mask, folder / f"{stem}.png", np.ascontiguousarray(mask))
     return len(stems)
+
+
+STAGE = Stage(
+    "infer_seg",
+    infer_seg,
+    memory="seg.max_batch or seg.tile",
+    needs=("train_seg",),
+    reads=lambda config: [(config.data.val, IMAGES), (config.data.test, IMAGES)],
+    settings=("data.val", "data.test", "seg.test_scales", "seg.tile", "seg.crf"),
+    pixels=lambda plan: pixels_inferred(
+        plan.images(plan.config.data.val) + plan.images(plan.config.data.test), plan.config.seg.test_scales
+    ),
+)

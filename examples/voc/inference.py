@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from config import Scales
 from data import BadFileError
 from networks import normalisation
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 T = TypeVar("T")
+_IMAGE_PIXELS = 375 * 500  # a VOC photograph
 
 
 def shared_batches(
@@ -115,3 +117,8 @@ def autocast(run: Run) -> AbstractContextManager[object]:
 def cam_stems(run: Run) -> list[str]:
     """Return the images that need CAMs and pseudo-labels: those trained on and those scored."""
     return list(dict.fromkeys(run.data.stems(run.config.data.train) + run.data.stems(run.config.data.score)))
+
+
+def pixels_inferred(images: int, scales: Scales = (1.0,), *, flip: bool = True) -> float:
+    """Return how many pixels an inference passes forward, over photographs of VOC's common size."""
+    return images * (_IMAGE_PIXELS * (2 if flip else 1) * sum(scale * scale for scale in scales))

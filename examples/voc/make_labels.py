@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from crf_labels import label_maps, with_background
+from crf_labels import crf_masks, with_background
 from evaluate import score_masks
 from infer_cam import cam_path
-from inference import autocast, cam_stems, shared_batches, to_input, writing
+from inference import autocast, cam_stems, pixels_inferred, shared_batches, to_input, writing
 from networks import load_trained
 from numpy.typing import NDArray
 from parallel import barrier
-from stages import Run
+from stages import IMAGES, MASKS, TAGS, Run, Stage
 from storage import load_cam, save_mask
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
@@ -44,11 +44,25 @@ def make_labels(run: Run) -> None:
             cells = adaptive_avg_pool2d(scores.to(run.device), affinity.shape[-2:])
             walked = pixelss.random_walk(cells, affinity, beta=config.beta, log_steps=config.log_steps, radius=radius)
             walked = interpolate(walked, image.shape[:2], mode="bilinear")
-            (labels,) = label_maps(image, walked, tags, config.crf)
-            write(save_mask, folder / f"{stem}.png", labels)
+            (mask,) = crf_masks(image, walked, tags, config.crf)
+            write(save_mask, folder / f"{stem}.png", mask)
     barrier()
     quality: dict[str, object] = {}
     if name := run.config.data.score:
         result, count = score_masks(run, folder, run.data.stems(name), "score_labels")
         quality = {"list": name, "scored": count, "miou": round(100 * result.miou.item(), 1)}
     run.finish("make_labels", images=len(cam_stems(run)), **quality)
+
+
+STAGE = Stage(
+    "make_labels",
+    make_labels,
+    memory="the size of the images",
+    needs=("infer_cam", "train_affinity"),
+    reads=lambda config: [
+        (config.data.train, {**IMAGES, **TAGS}),
+        (config.data.score, {**IMAGES, **TAGS, **MASKS}),
+    ],
+    settings=("make_labels",),
+    pixels=lambda plan: pixels_inferred(plan.images(plan.config.data.train, plan.config.data.score), flip=False),
+)

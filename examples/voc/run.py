@@ -22,34 +22,14 @@ import jsonargparse
 import torch
 from config import Config
 from data import VOCFolder
-from evaluate import evaluate
-from export_test import export_test
-from infer_cam import infer_cam
-from infer_seg import infer_seg
-from make_labels import make_labels
 from parallel import barrier, process_group, rank
+from pipeline import STAGES
 from plan import missing, print_plan
 from runfolder import UserError, log_stage, open_run, print_results
-from score_cam import score_cam
-from stages import NEEDS, Run
+from stages import Run
 from storage import remove_checkpoints
-from train_affinity import train_affinity
-from train_cam import train_cam
-from train_seg import train_seg
 
 HERE = Path(__file__).parent
-# Every stage, and the settings that lower its memory.
-STAGES: dict[str, tuple[Callable[[Run], None], str]] = {
-    "train_cam": (train_cam, "cam.schedule.batch or cam.augment.crop"),
-    "infer_cam": (infer_cam, "infer_cam.max_batch"),
-    "score_cam": (score_cam, "infer_cam.max_batch"),
-    "train_affinity": (train_affinity, "affinity.schedule.batch or affinity.augment.crop"),
-    "make_labels": (make_labels, "the size of the images"),
-    "train_seg": (train_seg, "seg.schedule.batch or seg.augment.crop"),
-    "infer_seg": (infer_seg, "seg.max_batch or seg.tile"),
-    "evaluate": (evaluate, "the size of the images"),
-    "export_test": (export_test, "the number of test images, whose archive is made in memory"),
-}
 _NO_MEMORY = ("can't allocate memory", "is killed by signal: Killed", "Bus error")  # of the CPU, a worker, its pipe
 
 
@@ -73,24 +53,23 @@ def _settings_parser() -> jsonargparse.ArgumentParser:
 
 def execute(run: Run, stages: Sequence[str]) -> None:
     """Run the stages that are not finished, in order."""
-    for stage in stages:
-        function, memory = STAGES[stage]
-        if run.finished(stage):
+    for stage in (STAGES[name] for name in stages):
+        if run.finished(stage.name):
             if rank() == 0:
-                remove_checkpoints(run.folder(stage))  # of a run that was killed right after its last step
+                remove_checkpoints(run.folder(stage.name))  # of a run that was killed right after its last step
             continue
-        if absent := [need for need in NEEDS[stage] if not run.finished(need)]:
-            raise UserError(f"{stage} needs {' and '.join(absent)}, not finished in {run.out}: add to --stages.")
+        if absent := [need for need in stage.needs if not run.finished(need)]:
+            raise UserError(f"{stage.name} needs {' and '.join(absent)}, not finished in {run.out}: add to --stages.")
         start = time.perf_counter()
         try:
-            function(run)
+            stage.function(run)
         except (MemoryError, RuntimeError) as error:
             known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
             if not known and not any(words in str(error) for words in _NO_MEMORY):
                 raise
-            raise UserError(f"Out of memory in {stage}: lower {memory}; or workers. ({error})") from error
+            raise UserError(f"Out of memory in {stage.name}: lower {stage.memory}; or workers. ({error})") from error
         if rank() == 0:
-            log_stage(run.out, stage, time.perf_counter() - start)
+            log_stage(run.out, stage.name, time.perf_counter() - start)
 
 
 def data_root(data: str, out: Path) -> Path:
@@ -162,7 +141,7 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def check(config: Config, root: Path, stages: list[str]) -> None:
+def check(config: Config, root: Path, stages: Sequence[str]) -> None:
     """Raise with everything that is missing, before hours are spent."""
     if faults := missing(config, root, stages):
         raise UserError("This is missing:\n" + "\n".join(f"- {fault}" for fault in faults))

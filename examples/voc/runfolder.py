@@ -21,27 +21,11 @@ import yaml
 from config import Config, decisive
 from data import VOCFolder
 from parallel import barrier, rank, world_size
-from stages import NEEDS, Run
+from pipeline import FIRST, STAGES
+from stages import Run
 from storage import write_atomic
 
 import pixelss
-
-# The first stage that a setting decides, by the start of its name; all others decide train_cam.
-_DECIDES = {
-    "data.score": "infer_cam",
-    "data.val": "infer_seg",
-    "data.test": "infer_seg",
-    "cam": "train_cam",
-    "infer_cam.scales": "infer_cam",
-    "infer_cam.single_scales": "infer_cam",
-    "infer_cam": "score_cam",
-    "affinity": "train_affinity",
-    "make_labels": "make_labels",
-    "seg.test_scales": "infer_seg",
-    "seg.tile": "infer_seg",
-    "seg.crf": "infer_seg",
-    "seg": "train_seg",
-}
 
 
 class UserError(Exception):
@@ -62,8 +46,8 @@ def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run
         begun = {name: _begun_with(out, name) for name in changed}
         if refused := [name for name in changed if begun[name]]:
             lines = [f"  {name}: {before.get(name)} -> {after.get(name)}" for name in refused]
-            made = sorted({stage for name in refused for stage in begun[name]}, key=list(NEEDS).index)
-            remove = "it" if made[0] == "train_cam" else f"{', '.join(made)} in it"
+            made = sorted({stage for name in refused for stage in begun[name]}, key=list(STAGES).index)
+            remove = "it" if made[0] == FIRST else f"{', '.join(made)} in it"
             raise UserError(
                 f"{out} was made with other settings; name another --out, or remove {remove}:\n" + "\n".join(lines)
             )
@@ -79,12 +63,13 @@ def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run
 
 def _begun_with(out: Path, name: str) -> list[str]:
     """Return the stages that have begun with the setting `name`, by themselves or through what they read."""
-    prefixes = [prefix for prefix in _DECIDES if f"{name}.".startswith(f"{prefix}.")]
-    decided = {_DECIDES[max(prefixes, key=len)] if prefixes else "train_cam"}
-    decided |= {"score_cam"} if "infer_cam" in decided else set()  # which reads its files where they are
-    for stage, needs in NEEDS.items():
-        decided |= {stage} if decided & set(needs) else set()
-    return [stage for stage in NEEDS if stage in decided and any(p.is_file() for p in (out / stage).rglob("*"))]
+    starts = {start: stage.name for stage in STAGES.values() for start in stage.settings}
+    fitting = [start for start in starts if f"{name}.".startswith(f"{start}.")]
+    decided = {starts[max(fitting, key=len)] if fitting else FIRST}
+    for stage in STAGES.values():
+        if decided & {*stage.needs, *stage.uses}:
+            decided.add(stage.name)
+    return [stage for stage in STAGES if stage in decided and any(p.is_file() for p in (out / stage).rglob("*"))]
 
 
 def _environment(root: Path, device: torch.device) -> dict[str, Any]:

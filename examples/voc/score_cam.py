@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from crf_labels import label_maps, with_background
+from crf_labels import crf_masks, with_background
 from evaluate import by_class
 from infer_cam import cam_path, write_cams
-from inference import shared_batches
+from inference import pixels_inferred, shared_batches
 from numpy.typing import NDArray
 from parallel import barrier, rank
 from PIL import Image
-from stages import Run
+from stages import IMAGES, MASKS, TAGS, Run, Stage
 from storage import load_cam, remove_unfinished, write_atomic
 from torch import Tensor
 
@@ -51,14 +51,14 @@ def score_cam(run: Run) -> None:
         return run.data.image(stem), cam, run.data.mask(stem), run.data.tags(stem)
 
     for ((_, (image, cams, mask, tags)),) in shared_batches(run, stems, read, desc="score_cam"):
-        cam, labels, truth = cams[None].to(run.device), tags[None].to(run.device), _on_device(run, mask)
-        plain.update(pixelss.class_region_mask(cam, labels, threshold=threshold), truth)
+        cam, truth = cams[None].to(run.device), _on_device(run, mask)
+        plain.update(pixelss.class_region_mask(cam, tags[None].to(run.device), threshold=threshold), truth)
         if config.crf:
             if config.crf_alpha is None:
                 background = torch.full_like(cam[:, :1], threshold)
             else:
                 background = pixelss.background_score(cam, alpha=config.crf_alpha)
-            (result,) = label_maps(image, with_background(cam, tags, background), tags, config.crf)
+            (result,) = crf_masks(image, with_background(cam, tags, background), tags, config.crf)
             refined.update(_on_device(run, result), truth)
     scores["iou"] = by_class(run, plain.compute().iou)
     if config.crf:
@@ -96,3 +96,19 @@ def _sweep(run: Run, scale: float | None) -> dict[str, Any]:
 
 def _on_device(run: Run, mask: Array) -> Tensor:
     return torch.from_numpy(mask)[None].to(run.device)
+
+
+STAGE = Stage(
+    "score_cam",
+    score_cam,
+    memory="infer_cam.max_batch",
+    needs=("train_cam",),
+    uses=("infer_cam",),
+    reads=lambda config: [(config.data.score, {**IMAGES, **TAGS, **MASKS})],
+    settings=("infer_cam",),
+    pixels=lambda plan: (
+        0
+        if "infer_cam" in plan.stages
+        else pixels_inferred(plan.images(plan.config.data.score), plan.config.infer_cam.scales)
+    ),
+)

@@ -1,8 +1,9 @@
-"""What all stages share: where their results lie, and when one is finished."""
+"""What all stages share: the record that tells of a stage, and the run that they are functions of."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,51 @@ from data import VOCFolder
 from parallel import barrier, rank
 from storage import remove_unfinished, write_atomic
 
-# Every stage, in order, and the stages whose results it cannot do without.
-NEEDS: dict[str, tuple[str, ...]] = {
-    "train_cam": (),
-    "infer_cam": ("train_cam",),
-    "score_cam": ("train_cam",),
-    "train_affinity": ("infer_cam",),
-    "make_labels": ("infer_cam", "train_affinity"),
-    "train_seg": ("make_labels",),
-    "infer_seg": ("train_seg",),
-    "evaluate": ("infer_seg",),
-    "export_test": ("infer_seg",),
-}
+Files = Mapping[str, Sequence[str]]  # what an image needs -> the places where that may lie
+IMAGES: Files = {"images": ["JPEGImages/{}.jpg"]}
+TAGS: Files = {"annotations": ["Annotations/{}.xml"]}
+MASKS: Files = {"masks": ["SegmentationClass/{}.png", "SegmentationClassAug/{}.png"]}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """All that the pipeline knows of a stage. Each stage's file ends with its record; pipeline.py has them in order.
+
+    Args:
+        name: of the stage and of its folder.
+        function: does its work and finishes it.
+        memory: the settings that lower its memory, as the message says that tells of too little.
+        needs: the stages whose results it cannot do without.
+        uses: those whose results it reads where they are.
+        reads: returns the image lists that it reads (None: the config names none) and what each of their images needs.
+        settings: the starts of names of settings that decide this stage and no earlier one; the longest start wins, and
+            settings that no stage names decide the first one.
+        section: of the config that says how it trains; None: it trains nothing.
+        pixels: returns how many pixels pass forward through the backbone, for the plan; None: hardly any.
+    """
+
+    name: str
+    function: Callable[[Run], None]
+    memory: str
+    needs: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    reads: Callable[[Config], Sequence[tuple[str | None, Files]]] = lambda config: ()
+    settings: tuple[str, ...] = ()
+    section: str | None = None
+    pixels: Callable[[Plan], float] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do: its settings, its data and the names of the stages that are asked for."""
+
+    config: Config
+    data: VOCFolder
+    stages: Sequence[str]
+
+    def images(self, *lists: str | None) -> int:
+        """Return how many images the lists hold together."""
+        return len({stem for name in lists for stem in self.data.stems(name)})
 
 
 @dataclass

@@ -94,15 +94,15 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def save_cam(path: Path, cam: Tensor, labels: Tensor) -> None:
+def save_cam(path: Path, cam: Tensor, tags: Tensor) -> None:
     """Write the present classes' CAMs as one grey PNG, one below the other, in steps of 1/255.
 
     Args:
         path: of the PNG; the class indices stand in its text chunk `classes`.
         cam: normalised CAMs (N, H, W) in [0, 1].
-        labels: tags (N,).
+        tags: (N,).
     """
-    classes = labels.nonzero().flatten().tolist()
+    classes = tags.nonzero().flatten().tolist()
     H, W = cam.shape[1:]
     pixels = (cam[classes] * 255).round().to(torch.uint8).reshape(-1, W).cpu().numpy()
     note = PngImagePlugin.PngInfo()
@@ -134,7 +134,7 @@ def load_cam(path: Path, num_classes: int) -> Tensor:
 
 
 def save_mask(path: Path, mask: NDArray[np.uint8]) -> None:
-    """Write a label map as a PNG in VOC's colours."""
+    """Write a mask as a PNG in VOC's colours."""
     image = Image.fromarray(mask)
     image.putpalette(voc_palette().tobytes())
     buffer = io.BytesIO()

@@ -17,6 +17,7 @@ import io
 import json
 import math
 import statistics
+import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
@@ -29,7 +30,8 @@ from config import Config
 from evaluate import paper_figures
 from parallel import process_group, rank
 from PIL import Image
-from run import STAGES, add_options, check, data_root, default_config, execute, guarded, load_config
+from pipeline import STAGES
+from run import add_options, check, data_root, default_config, execute, guarded, load_config
 from runfolder import UserError, open_run
 from stages import Run
 from storage import write_atomic
@@ -51,15 +53,15 @@ ROWS: dict[str, dict[str, object]] = {
     "weight sharing": {"cam.mam": 0, "cam.teacher_momentum": 0},
     **{f"RCM t={t}": {"cam.mam": 0, "cam.threshold": t} for t in THRESHOLDS},
 }
-CAM_STAGES = ["train_cam", "score_cam"]
 
 
 class Table(NamedTuple):
-    """A table's title, rows, columns (of scores.json) and last stages."""
+    """A table's title, rows, columns (of scores.json) and stages."""
 
     title: str
     rows: Sequence[str]
     columns: Sequence[str]
+    stages: Sequence[str] = ("train_cam", "score_cam")
 
 
 TABLES = {
@@ -73,7 +75,7 @@ TABLES = {
         ["baseline", "direct", "weight sharing", "RCM", "MAM", "MAM+RCM"],
         ["miou", "precision", "recall"],
     ),
-    "table4": Table("Table 4, class-wise IoU of the segmentation", ["MAM+RCM"], []),
+    "table4": Table("Table 4, class-wise IoU of the segmentation", ["MAM+RCM"], [], list(STAGES)),
     "table5": Table("Table 5, CAMs inferred at single scales", ["baseline", "MAM+RCM"], []),
     "fig7": Table(
         "Figure 7, RCM at several thresholds of the region mask",
@@ -83,7 +85,9 @@ TABLES = {
 }
 
 
-def run_row(row: str, seed: int, options: argparse.Namespace, root: Path, device: torch.device) -> Run:
+def run_row(
+    row: str, seed: int, stages: Sequence[str], options: argparse.Namespace, root: Path, device: torch.device
+) -> Run:
     """Run, or reopen, one row of a table with one seed."""
 
     def config_of(name: str) -> Config:
@@ -99,7 +103,6 @@ def run_row(row: str, seed: int, options: argparse.Namespace, root: Path, device
         execute(open_run(config, root, _folder(options.out, "start", seed), device), ["train_cam"])
     config = config_of(row)
     same = next(name for name in ROWS if config_of(name) == config)  # a threshold of fig7 may be that of RCM
-    stages = list(STAGES) if options.name == "table4" else CAM_STAGES
     check(config, root, stages)
     run = open_run(config, root, _folder(options.out, same, seed), device)
     execute(run, stages)
@@ -221,7 +224,8 @@ def caption_of(name: str, run: Run, seeds: list[int]) -> str:
     )
 
 
-def main() -> None:
+def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """Return the options of this command, `tables` among them, and the config that the rows change."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").format(names=", ".join(TABLES)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -231,32 +235,41 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--start", type=Path, help="a config of the network that all rows of a seed continue from")
-    options, settings = parser.parse_known_args()
+    options, settings = parser.parse_known_args(arguments)
     if not (options.data and options.out):
         raise UserError("--data and --out are needed: see --help.")
-    plt.switch_backend("agg")
+    options.tables = list(TABLES) if options.name == "all" else [options.name]
     options.config = options.config or default_config(options.data)
     options.settings = [*settings, "--infer_cam.single_scales=true"]  # for table 5, so that tables share rows
-    wanted = list(TABLES) if options.name == "all" else [options.name]
     config = load_config(options.config, settings)
-    for field in ("score", "val") if "table4" in wanted else ("score",):
+    for field in ("score", "val") if "table4" in options.tables else ("score",):
         if getattr(config.data, field) is None:
             raise UserError(f"data.{field} must name a list with masks, but is null: the tables hold scores.")
+    return options, config
+
+
+def make_table(name: str, options: argparse.Namespace, root: Path, device: torch.device) -> None:
+    """Run a table's rows and write it, its plot and its curves."""
+    _, rows, _, stages = TABLES[name]
+    runs = {row: [run_row(row, seed, stages, options, root, device) for seed in options.seeds] for row in rows}
+    if rank() == 0:
+        figures = figures_of(name, runs)
+        caption = caption_of(name, runs[rows[-1]][0], options.seeds)
+        print(write_table(name, figures, caption, options.seeds, options.out))
+        plot(name, figures, runs, caption, options.out / f"{name}.png")
+        plot_curves(runs, options.out / f"{name}-curves.png")
+
+
+def main() -> None:
+    options, config = parse_args(sys.argv[1:])
+    plt.switch_backend("agg")
     with process_group(config.device if torch.cuda.is_available() else "cpu") as device:
         root = data_root(options.data, options.out)
         if rank() == 0:
             for path in options.out.glob(".*.tmp"):  # of a killed process
                 path.unlink(missing_ok=True)
-        for name in wanted:
-            options.name = name
-            rows = TABLES[name].rows
-            runs = {row: [run_row(row, seed, options, root, device) for seed in options.seeds] for row in rows}
-            if rank() == 0:
-                figures = figures_of(name, runs)
-                caption = caption_of(name, runs[rows[-1]][0], options.seeds)
-                print(write_table(name, figures, caption, options.seeds, options.out))
-                plot(name, figures, runs, caption, options.out / f"{name}.png")
-                plot_curves(runs, options.out / f"{name}-curves.png")
+        for name in options.tables:
+            make_table(name, options, root, device)
 
 
 if __name__ == "__main__":

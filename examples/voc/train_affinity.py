@@ -12,13 +12,11 @@ from batches import Batch, Samples
 from crf_labels import write_crf_labels
 from networks import build_affinity, load_trained
 from parallel import shared_mean
-from stages import Run
+from stages import IMAGES, TAGS, Run, Stage
 from torch import Tensor, nn
-from training import train
+from training import pixels_trained, train
 
 import pixelss
-
-STAGE = "train_affinity"
 
 
 def train_affinity(run: Run) -> None:
@@ -29,7 +27,7 @@ def train_affinity(run: Run) -> None:
     taps: Any = network[0]
     taps.backbone.load_state_dict(load_trained(run, "train_cam")[0].state_dict())
     network.to(run.device)
-    folders = [run.folder(STAGE) / "labels" / name for name in ("low", "high")]
+    folders = [run.folder(STAGE.name) / "labels" / name for name in ("low", "high")]
     stems = run.data.stems(run.config.data.train)
     samples = Samples(run.data, stems, run.config, config.augment, folders)
 
@@ -43,7 +41,7 @@ def train_affinity(run: Run) -> None:
 
 
 def subsampled(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Return the label maps (B, H, W) at the centres of size (h, w) cells."""
+    """Return the masks (B, H, W) at the centres of size (h, w) cells."""
     rows, columns = (
         ((torch.arange(cells, device=maps.device) + 0.5) * side / cells).long()
         for cells, side in zip(size, maps.shape[-2:], strict=True)
@@ -58,3 +56,17 @@ def kind_by_kind(affinity: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Te
         only = labels.where(labels == kind, 255)
         parts[name] = shared_mean(pixelss.affinity_loss(affinity, only), (labels == kind).sum())
     return torch.stack(list(parts.values())).sum(), parts
+
+
+STAGE = Stage(
+    "train_affinity",
+    train_affinity,
+    memory="affinity.schedule.batch or affinity.augment.crop",
+    needs=("infer_cam",),
+    reads=lambda config: [(config.data.train, {**IMAGES, **TAGS})],
+    settings=("affinity",),
+    section="affinity",
+    pixels=lambda plan: pixels_trained(
+        plan, plan.config.affinity.schedule, plan.config.affinity.augment, (1.0,), passes=3
+    ),
+)

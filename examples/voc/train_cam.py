@@ -1,31 +1,29 @@
-"""Stage train_cam: the student learns from tags, and its pixels from its own teacher (Eq. 9).
+"""Stage train_cam: the student learns from tags, and its pixels from its own teacher (Yoon Eq. 9).
 
-loss = cls * L_cls + rcm * L_rcm + mam * L_mam + direct * L_direct, each from its gate on.
+loss = cls * L_cls + rcm * L_rcm + mam * L_mam + direct * L_direct, each from its gate on; terms.py has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import torch
 from batches import Batch, Samples
-from config import CAM
+from config import CAM, Config
 from data import BadFileError
 from networks import build_cam, to_tensor
 from numpy.typing import NDArray
 from parallel import shared_mean
 from PIL import Image
-from stages import Run
+from stages import IMAGES, TAGS, Run, Stage
+from terms import TERMS, Views, tags_mean
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
-from training import gate_step, train, train_mode
+from training import pixels_trained, train, train_mode
 
 import pixelss
 from pixelss import viz
-
-STAGE = "train_cam"
 
 
 def train_cam(run: Run) -> None:
@@ -37,86 +35,56 @@ def train_cam(run: Run) -> None:
         student.load_state_dict(trained_weights(config.start_from))
     student.to(run.device)
     samples = Samples(run.data, run.data.stems(run.config.data.train), run.config, config.augment)
-    bank = pixelss.PrototypeBank(run.data.num_classes, run.config.network.dim).to(run.device)
-    objective = Objective(config, student, bank, len(samples))
+    objective = Objective(run.config, student, run.data.num_classes, len(samples))
     train(
         run,
         STAGE,
         student,
         samples,
         objective,
-        companions={"teacher": objective.teacher, "bank": bank},
+        companions=objective.modules,
         after_step=lambda: objective.teacher.update(student),
         pictures=lambda: overlays(student, samples),
     )
 
 
 class Objective:
-    """The paper's losses of one step, and the teacher that makes their targets.
+    """The weighted sum of the terms that have a weight, and the teacher that makes their targets.
 
     Args:
         config: weights, gates, scales and forms.
         student: on its device; the teacher starts as its copy.
-        bank: on the same device.
+        num_classes: foreground classes N.
         images: length of the training list, for gates in epochs.
+
+    Attributes:
+        modules: what a checkpoint must hold, by name: the teacher and what terms keep.
     """
 
-    def __init__(self, config: CAM, student: nn.Sequential, bank: pixelss.PrototypeBank, images: int) -> None:
-        self.config, self.bank = config, bank
-        self.teacher = pixelss.EMATeacher(student, config.teacher_momentum)
-        self.region = pixelss.ClassRegionMask(config.threshold)
-        self.rcl = pixelss.RegionalContrastiveLoss(config.temperature, form=config.form)
-        self.mal = pixelss.MultiScaleAttentiveLoss(attentive=config.attentive)
-        self.rcm_start = gate_step(config.rcm_gate, config.schedule, images)
-        self.mam_start = gate_step(config.mam_gate, config.schedule, images)
-        self.mam_scales = config.mam_student_scales or config.scales
+    def __init__(self, config: Config, student: nn.Sequential, num_classes: int, images: int) -> None:
+        self.config = config.cam
+        self.weights: dict[str, float] = {name: getattr(self.config, name) for name in TERMS}
+        # Every report shows the classification, whatever its weight.
+        wanted = [name for name, weight in self.weights.items() if weight > 0 or name == "cls"]
+        self.terms = {name: TERMS[name](config, num_classes, images) for name in wanted}
+        self.teacher = pixelss.EMATeacher(student, self.config.teacher_momentum)
+        self.modules: dict[str, nn.Module] = {"teacher": self.teacher}
+        for name, term in self.terms.items():
+            if shared := self.modules.keys() & term.modules.keys():
+                raise ValueError(f"The term {name} must name its modules as no other does, but has {sorted(shared)}.")
+            self.modules |= term.modules
+        for module in self.modules.values():
+            module.to(next(student.parameters()).device)
 
     def __call__(self, student: nn.Module, batch: Batch, step: int, report: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        config, images, tags = self.config, batch.images, batch.tags
-        labels = tags.to(images.device, non_blocking=True)
-        rcm, direct = (weight > 0 and step >= self.rcm_start for weight in (config.rcm, config.direct))
-        mam = config.mam > 0 and step >= self.mam_start
-        needed = {*config.cls_scales, *((1.0,) if rcm or direct else ()), *(self.mam_scales if mam else ())}
-        outputs = pixelss.multi_scale_forward(student, images, scales=sorted(needed))
-        out = dict(zip(sorted(needed), outputs, strict=True))
-        # Counts, for shared_mean: of images, of pixels, of (present pair, pixel); no global mean is a mean of means.
-        H, W = images.shape[2:]
-        pairs = images.new_full((), float((tags > 0).sum()) * H * W)
-
-        def classify(of_scales: Mapping[float, pixelss.CAMOutput]) -> Tensor:
-            logits = [of_scales[scale].logits for scale in config.cls_scales]
-            value = torch.stack([binary_cross_entropy_with_logits(x, labels) for x in logits]).mean()
-            return shared_mean(value, images.new_full((), len(images)))
-
-        parts = {"cls": classify(out)}
-        loss = config.cls * parts["cls"]
-        if not (rcm or direct or mam or report):
-            return loss, parts
-
-        # The teacher is asked where a loss needs it, and for the signals of a report.
-        teacher = pixelss.multi_scale_forward(self.teacher, images, scales=config.scales)
-        if rcm or direct:
-            mask = self.region(pixelss.msinf_cam([o.cam for o in teacher], labels), labels)
-        if rcm:
-            middle = config.scales.index(1.0)
-            self.bank.update(teacher[middle].features, mask)
-            value = self.rcl(out[1.0].features, mask, self.bank.prototypes, self.bank.filled)
-            parts["rcm"] = shared_mean(value, self.bank.filled[mask].sum())
-            loss = loss + config.rcm * parts["rcm"]
-        if direct:
-            value = pixelss.direct_loss(pixelss.normalize_cam(out[1.0].cam), mask, labels)
-            parts["direct"] = shared_mean(value, pairs)
-            loss = loss + config.direct * parts["direct"]
-        if not (mam or report):
-            return loss, parts
-        targets = [pixelss.normalize_cam(o.cam) for o in teacher]
-        cams = {scale: pixelss.normalize_cam(o.cam) for scale, o in out.items()}
-        if mam:
-            parts["mam"] = shared_mean(self.mal([cams[scale] for scale in self.mam_scales], targets, tags), pairs)
-            loss = loss + config.mam * parts["mam"]
+        active = {name: term for name, term in self.terms.items() if step >= term.start}
+        scales = sorted({scale for term in active.values() for scale in term.scales})
+        views = Views(self.config, student, self.teacher, batch, tuple(scales))
+        parts = {name: shared_mean(*term.mean(views)) for name, term in active.items()}
+        loss = reduce(torch.add, [self.weights[name] * value for name, value in parts.items()])
         if report:
-            parts["teacher_cls"] = classify(dict(zip(config.scales, teacher, strict=True)))
-            parts |= collapse_signals(list(cams.values()), targets, tags)
+            parts["teacher_cls"] = shared_mean(*tags_mean(views.teacher, self.config.cls_scales, views))
+            parts |= collapse_signals([views.cam(scale) for scale in scales], views.targets, views.cpu_tags)
         return loss, parts
 
 
@@ -172,9 +140,22 @@ def overlays(student: nn.Sequential, samples: Samples, *, count: int = 4) -> dic
         except BadFileError:  # stops, or is told and passed over, where it is to be trained on
             continue
         image = np.asarray(Image.fromarray(pixels).resize((side, side)))
-        labels = tags[None].to(next(student.parameters()).device)
-        images = to_tensor(image, samples.config)[None].to(labels.device, memory_format=torch.channels_last)
-        cam = pixelss.msinf_cam([student(images).cam], labels, size=(side, side)).amax(1)[0].cpu().numpy()
+        shown = tags[None].to(next(student.parameters()).device)
+        images = to_tensor(image, samples.config)[None].to(shown.device, memory_format=torch.channels_last)
+        cam = pixelss.msinf_cam([student(images).cam], shown, size=(side, side)).amax(1)[0].cpu().numpy()
         pictures[f"cam/{stem}"] = viz.overlay_cam(image, cam)
     train_mode(student)
     return pictures
+
+
+STAGE = Stage(
+    "train_cam",
+    train_cam,
+    memory="cam.schedule.batch or cam.augment.crop",
+    reads=lambda config: [(config.data.train, {**IMAGES, **TAGS})],
+    settings=("cam",),
+    section="cam",
+    pixels=lambda plan: pixels_trained(  # the student forward and backward, and the teacher forward
+        plan, plan.config.cam.schedule, plan.config.cam.augment, plan.config.cam.scales, passes=4
+    ),
+)

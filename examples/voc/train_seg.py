@@ -6,14 +6,12 @@ import torch
 from batches import Batch, Samples
 from networks import build_segmentation, load_trained
 from parallel import shared_mean
-from stages import Run
+from stages import IMAGES, TAGS, Run, Stage
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from training import train
+from training import pixels_trained, train
 
 import pixelss
-
-STAGE = "train_seg"
 
 
 def train_seg(run: Run) -> None:
@@ -27,10 +25,10 @@ def train_seg(run: Run) -> None:
     samples = Samples(run.data, stems, run.config, config.augment, [run.folder("make_labels")])
 
     def loss(segmentation: nn.Module, batch: Batch, step: int, report: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        labels = batch.maps[:, 0].long()
+        mask = batch.maps[:, 0].long()
         logits = [segmentation(rescaled(batch.images, scale)) for scale in config.scales]
-        value = pixelss.multi_scale_cross_entropy(logits, labels)
-        return shared_mean(value, (labels <= run.data.num_classes).sum()), {}
+        value = pixelss.multi_scale_cross_entropy(logits, mask)
+        return shared_mean(value, (mask <= run.data.num_classes).sum()), {}
 
     train(run, STAGE, network, samples, loss)
 
@@ -38,3 +36,17 @@ def train_seg(run: Run) -> None:
 def rescaled(images: Tensor, scale: float) -> Tensor:
     size = [max(1, int(side * scale + 0.5)) for side in images.shape[-2:]]
     return images if scale == 1 else interpolate(images, size, mode="bilinear", align_corners=False)
+
+
+STAGE = Stage(
+    "train_seg",
+    train_seg,
+    memory="seg.schedule.batch or seg.augment.crop",
+    needs=("make_labels",),
+    reads=lambda config: [(config.data.train, {**IMAGES, **TAGS})],
+    settings=("seg",),
+    section="seg",
+    pixels=lambda plan: pixels_trained(
+        plan, plan.config.seg.schedule, plan.config.seg.augment, plan.config.seg.scales, passes=3
+    ),
+)

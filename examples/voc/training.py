@@ -2,51 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from batches import Batch, Samples
-from config import Config, Gate, Optimizer, Schedule, decisive
+from config import Augment, Config, Gate, Optimizer, Scales, Schedule
+from health import Health
 from inference import autocast
-from numpy.typing import NDArray
-from parallel import averaged, barrier, rank, sum_over, world_size
-from stages import Run
-from storage import append_line, load_checkpoint, remove_checkpoints, remove_unfinished, save_checkpoint, write_atomic
+from parallel import averaged, rank, world_size
+from saving import Checkpoints, Log, Pictures, fingerprint, save_model
+from stages import Plan, Run, Stage
+from storage import remove_checkpoints
 from torch import Tensor, nn
 from torch import _dynamo as dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 # (network under its wrapper, batch, steps done before, whether the values are wanted) -> loss, values to report
 Loss = Callable[[nn.Module, Batch, int, bool], tuple[Tensor, dict[str, Tensor]]]
 
-SECTIONS = {"train_cam": "cam", "train_affinity": "affinity", "train_seg": "seg"}
 LAYOUT = torch.channels_last  # what convolutions on CUDA are fastest with
 
 
 def train(
     run: Run,
-    stage: str,
+    stage: Stage,
     network: nn.Sequential,
     samples: Samples,
     loss: Loss,
     *,
     companions: Mapping[str, nn.Module] | None = None,
     after_step: Callable[[], None] = lambda: None,
-    pictures: Callable[[], Mapping[str, NDArray[np.uint8]]] = dict,
+    pictures: Pictures = dict,
 ) -> None:
     """Train `network` (a backbone and a head) from where an earlier call was ended, write model.pt, finish the stage.
 
@@ -56,7 +48,7 @@ def train(
 
     Args:
         run: the run.
-        stage: train_cam, train_affinity or train_seg: its folder and its section of the config.
+        stage: its name is the folder's, its section of the config says how it is trained.
         network: on the run's device.
         samples: what it is trained on.
         loss: returns this process's part of the loss, whose mean over the processes is the loss of the global batch,
@@ -65,8 +57,8 @@ def train(
         after_step: called after every step of the optimiser.
         pictures: returns images (H, W, 3) for TensorBoard by name.
     """
-    config, device, folder = run.config, run.device, run.folder(stage)
-    section = getattr(config, SECTIONS[stage])
+    config, device, folder = run.config, run.device, run.folder(stage.name)
+    section = getattr(config, str(stage.section))
     schedule: Schedule = section.schedule
     steps = total_steps(schedule, len(samples))
     modules = {"network": network, **(companions or {})}
@@ -74,22 +66,19 @@ def train(
         module.to(memory_format=LAYOUT)
     optimizer = build_optimizer(network, section.optimizer, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    settings = fingerprint(run, stage, samples)
-    parts: dict[str, Any] = {"optimizer": optimizer, "scaler": scaler, **modules}
-    done = resume(folder, settings, parts, device)
-    log = Log(folder, done, tensorboard=config.tensorboard) if rank() == 0 else None
+    states = {"optimizer": optimizer, "scaler": scaler, **modules}
+    checkpoints = Checkpoints(folder, fingerprint(run, stage, samples), states)
+    done = checkpoints.resume(device)
+    log = Log(folder, done, tensorboard=config.tensorboard)
 
     if config.compile:
         compile_in_place(modules.values())
     wrapped = data_parallel(network)
     train_mode(network)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    health, healthy = torch.zeros((), dtype=torch.float64, device=device), done  # not finite once a loss was not
-    skips = config.on_nonfinite_loss == "skip"
-    buffers = [tensor for module in modules.values() for tensor in module.buffers()] if skips else []
-    bar = tqdm(total=steps, initial=done, desc=stage, unit="step", dynamic_ncols=True, disable=log is None)
-    saved: Future[Path] | None = None
-    with bar, deterministic(config), ThreadPoolExecutor(1) as writer:
+    health = Health(run, stage, modules.values(), done)
+    bar = tqdm(total=steps, initial=done, desc=stage.name, unit="step", dynamic_ncols=True, disable=rank() != 0)
+    with bar, deterministic(config), checkpoints:
         stream = samples.batches(schedule.batch, done, steps, pin=device.type == "cuda")
         for step, batch in enumerate(stream, done):
             last = step + 1 == steps
@@ -97,72 +86,33 @@ def train(
             save = last or (step + 1) % schedule.checkpoint_every == 0
             torch.manual_seed(int(np.random.SeedSequence((config.seed, step, rank())).generate_state(1)[0]))
             lr = set_lr(optimizer, section.optimizer, step / steps)
-            kept = [tensor.clone() for tensor in buffers]
+            health.before_step()
             with autocast(run):
                 value, values = loss(wrapped, to_device(batch, device), step, report)
             optimizer.zero_grad()
             scaler.scale(value).backward()
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(weights, section.optimizer.clip or math.inf)
-
-            # Looking waits for the device, so on CUDA a run that stops looks only where it waits anyway. The scaler of
-            # fp16 provokes gradients that overflow and leaves out their steps by itself.
-            health += value.detach() if scaler.is_enabled() else value.detach() + norm
-            look = skips or report or save or device.type == "cpu"
-            bad = look and not sum_over(health).isfinite()
-            if bad and not skips:
-                raise RuntimeError(
-                    f"The loss or its gradient was not finite in the steps {healthy + 1} to {step + 1} of {stage}; the "
-                    "checkpoint before is intact. To go on from it without such steps set on_nonfinite_loss: skip; or "
-                    f"remove {folder} and begin again with a lower {SECTIONS[stage]}.optimizer.lr or a clip."
-                )
-            if bad:
-                health.zero_()
-                for changed, before in zip(buffers, kept, strict=True):  # by the forward pass
-                    changed.copy_(before)
-                warnings.warn(f"step {step + 1} of {stage} is left out: its loss is not finite", stacklevel=2)
-            else:
+            # The scaler of fp16 provokes gradients that overflow and leaves out their steps by itself.
+            watched = value.detach() if scaler.is_enabled() else value.detach() + norm
+            if health.allows(watched, step, look=report or save):
                 scaler.step(optimizer)
                 after_step()
             scaler.update()
-            healthy = step + 1 if look else healthy
-
             bar.update()
             if report:
                 figures = averaged({"loss": value, **values})  # in every process, for it is a collective
-                if log is not None:
-                    rate = bar.format_dict["rate"] or 0.0
-                    bar.set_postfix({name: f"{figure:.3g}" for name, figure in figures.items()})
-                    epoch = (step + 1) * schedule.batch / len(samples)
-                    log.write(step + 1, {"epoch": epoch, "lr": lr, "images_per_s": rate * schedule.batch, **figures})
-            if save and log is not None:
-                log.show(step + 1, pictures() if config.tensorboard else {})
-                state = {"step": step + 1, "settings": settings}
-                state |= {name: part.state_dict() for name, part in parts.items()}
-                if saved is not None:
-                    saved.result()  # or its error
-                copy = tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True), state)
-                saved = writer.submit(save_checkpoint, folder, step + 1, copy)  # while the next steps go on
-    if saved is not None:
-        saved.result()
-    if rank() == 0:
-        buffer = io.BytesIO()
-        torch.save(network.state_dict(), buffer)
-        write_atomic(folder / "model.pt", buffer.getvalue())
-    run.finish(stage, steps=steps)
+                speed = (bar.format_dict["rate"] or 0.0) * schedule.batch
+                bar.set_postfix({name: f"{figure:.3g}" for name, figure in figures.items()})
+                epoch = (step + 1) * schedule.batch / len(samples)
+                log.write(step + 1, {"epoch": epoch, "lr": lr, "images_per_s": speed, **figures})
+            if save:
+                log.show(step + 1, pictures)
+                checkpoints.save(step + 1)
+    save_model(folder / "model.pt", network)
+    run.finish(stage.name, steps=steps)
     if rank() == 0:
         remove_checkpoints(folder)
-
-
-def resume(folder: Path, settings: Mapping[str, str], parts: Mapping[str, Any], device: torch.device) -> int:
-    """Load the newest checkpoint's states into `parts`, where there is one; returns the steps done."""
-    state = load_checkpoint(folder, map_location=device)
-    if state is not None:
-        check_settings(folder, state["settings"], settings)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    barrier()  # all have read before one writes
-    return 0 if state is None else int(state["step"])
 
 
 def compile_in_place(modules: Iterable[nn.Module]) -> None:
@@ -193,6 +143,12 @@ def train_mode(network: nn.Module) -> None:
         trained = [weight.requires_grad for weight in module.parameters()]
         if isinstance(module, _BatchNorm) and trained and not any(trained):
             module.eval()
+
+
+def pixels_trained(plan: Plan, schedule: Schedule, augment: Augment, scales: Scales, *, passes: int) -> float:
+    """Return how many pixels a training passes forward; a backward pass counts as two `passes`."""
+    count = total_steps(schedule, plan.images(plan.config.data.train)) * schedule.batch
+    return count * augment.crop**2 * sum(scale * scale for scale in scales) * passes
 
 
 def total_steps(schedule: Schedule, images: int) -> int:
@@ -242,49 +198,3 @@ def deterministic(config: Config) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
-
-
-def fingerprint(run: Run, stage: str, samples: Samples) -> dict[str, str]:
-    """Return every setting that decides what this stage learns, by its name in the config."""
-    config, section = run.config, SECTIONS[stage]
-    parts = {name: asdict(getattr(config, name)) for name in ("network", section)}
-    data = {"classes": run.data.classes, "train": hashlib.sha256(" ".join(samples.stems).encode()).hexdigest()[:16]}
-    settings = decisive({"seed": config.seed, "precision": config.precision, "data": data, **parts})
-    return {name: str(value) for name, value in settings.items()}
-
-
-def check_settings(folder: Path, saved: Mapping[str, str], current: Mapping[str, str]) -> None:
-    """Refuse to go on from a checkpoint of another setting, and name what differs."""
-    names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
-    if names:
-        changes = "; ".join(f"{name} was {saved.get(name)}, is {current.get(name)}" for name in names)
-        raise ValueError(f"{folder} holds a run begun with other settings: {changes}. Set them back, or remove it.")
-
-
-class Log:
-    """metrics.jsonl and, where asked for, TensorBoard files; what an ended process wrote after step `done` goes."""
-
-    def __init__(self, folder: Path, done: int, *, tensorboard: bool) -> None:
-        remove_unfinished(folder)
-        self.path = folder / "metrics.jsonl"
-        if self.path.is_file():
-            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            write_atomic(self.path, "".join(line for line in whole if json.loads(line)["step"] <= done))
-        self.board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # an extra that only this setting needs
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        figures = {name: figure for name, figure in figures.items() if math.isfinite(figure)}  # JSON knows no NaN
-        append_line(self.path, json.dumps({"step": step, **figures}))
-        if self.board is not None:
-            for name, figure in figures.items():
-                self.board.add_scalar(name, figure, step)
-
-    def show(self, step: int, pictures: Mapping[str, NDArray[np.uint8]]) -> None:
-        for name, picture in pictures.items():
-            self.board.add_image(name, picture, step, dataformats="HWC")
-        if self.board is not None:
-            self.board.flush()
