@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _CURVES = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS = "osD^vP*"
 _DPI = 100
+_GAP, _BAND = 6, 22  # of a grid: between its images, for a line of text
 
 
 def threshold_curves(
@@ -118,48 +119,94 @@ def grid(
             raise ValueError(f"{label} must be empty or {count} texts, but are {len(texts)}.")
     check_number("cell", cell, low=40, high=2000)
 
-    gap, band = 6, 22
-    heights = [max(round(cell * len(image) / len(image[0])) for image in row) for row in images]
-    left, top = gap + band * bool(names), gap + band * bool(titles)
-    width = left + columns * (cell + gap)
-    per_line = max(1, (width - 2 * gap) // max([28 + 8 * len(name) for name in legend or {}] or [1]))
-    key = band * -(-len(legend or {}) // per_line) + band * bool(heat)
-    height = top + sum(heights) + gap * len(heights) + key
+    legend = legend or {}
+    layout = _layout(images, cell, titles=bool(titles), names=bool(names), legend=list(legend), heat=bool(heat))
+    return _draw(layout, images, titles, names, legend, heat)
+
+
+class _Layout(NamedTuple):
+    """Where the parts of a `grid` lie, in pixels from the left and from the top."""
+
+    size: tuple[int, int]  # width, height
+    left: int  # of the first column
+    columns: Sequence[int]
+    rows: Sequence[int]
+    heights: Sequence[int]  # of every row's tallest image
+    cell: int
+    entries: Sequence[tuple[float, float]]  # of the legend: left edge and middle
+    bar: float  # the middle of the heat map's bar
+
+
+def _layout(
+    images: Sequence[Sequence[Pixels]],
+    cell: int,
+    *,
+    titles: bool,
+    names: bool,
+    legend: Sequence[str],
+    heat: bool,
+) -> _Layout:
+    left, top = _GAP + _BAND * names, _GAP + _BAND * titles
+    columns = [left + j * (cell + _GAP) for j in range(len(images[0]))]
+    width = columns[-1] + cell + _GAP
+    heights = [max(_tall(image, cell) for image in row) for row in images]
+    rows = [top + sum(heights[:i]) + _GAP * i for i in range(len(heights))]
+    below = rows[-1] + heights[-1] + _GAP
+    per_line = max(1, (width - 2 * _GAP) // max([28 + 8 * len(name) for name in legend] or [1]))
+    lines = -(-len(legend) // per_line)
+    entries = [
+        (left + i % per_line * ((width - left) / per_line), below + _BAND * (i // per_line + 0.5))
+        for i in range(len(legend))
+    ]
+    height = below + _BAND * lines + _BAND * heat
+    return _Layout((width, height), left, columns, rows, heights, cell, entries, height - _BAND / 2)
+
+
+def _tall(image: Pixels, cell: int) -> int:
+    """Return the height of an image that is drawn `cell` wide."""
+    return round(cell * len(image) / len(image[0]))
+
+
+def _draw(
+    layout: _Layout,
+    images: Sequence[Sequence[Pixels]],
+    titles: Sequence[str],
+    names: Sequence[str],
+    legend: Mapping[str, ArrayLike],
+    heat: str,
+) -> Pixels:
+    (width, height), cell = layout.size, layout.cell
     figure = _figure(width, height)
+
+    def picture(x: float, y: float, wide: float, tall: float, pixels: ArrayLike, **style: Any) -> None:
+        """Draw pixels into the box whose upper left corner is (x, y)."""
+        axes = figure.add_axes((x / width, 1 - (y + tall) / height, wide / width, tall / height))
+        axes.imshow(pixels, aspect="auto", **style)
+        axes.set_axis_off()
 
     def text(x: float, y: float, content: str, **style: Any) -> None:
         """Write centred text, smaller where it would not fit into its column or row."""
         written = figure.text(x / width, 1 - y / height, content, fontsize=10, va="center", ha="center", **style)
         extent = written.get_window_extent()
-        room = cell / extent.width if not style else min(heights) / extent.height
+        room = cell / extent.width if not style else min(layout.heights) / extent.height
         written.set_fontsize(10 * min(1, 0.92 * room))  # hinting makes small text wider
 
-    y = top
-    for i, (row, tallest) in enumerate(zip(images, heights, strict=True)):
-        for j, image in enumerate(row):
-            tall = round(cell * len(image) / len(image[0]))
-            x = left + j * (cell + gap)
-            axes = figure.add_axes((x / width, 1 - (y + tall) / height, cell / width, tall / height))
-            axes.imshow(image, aspect="auto", interpolation="auto")
-            axes.set_axis_off()
-            if titles and i == 0:
-                text(x + cell / 2, gap / 2 + band / 2, titles[j])
-        if names:
-            text(band / 2 + 2, y + tallest / 2, names[i], rotation=90)
-        y += tallest + gap
-    for i, (name, colour) in enumerate((legend or {}).items()):
-        start, line = left + i % per_line * ((width - left) / per_line), y + band * (i // per_line + 0.5)
-        box = figure.add_axes((start / width, 1 - (line + 6) / height, 12 / width, 12 / height))
-        box.imshow(np.asarray(colour, dtype=np.uint8).reshape(1, 1, 3), aspect="auto")
-        box.set_axis_off()
-        figure.text((start + 17) / width, 1 - line / height, name, fontsize=9, va="center")
+    for row, y in zip(images, layout.rows, strict=True):
+        for image, x in zip(row, layout.columns, strict=True):
+            picture(x, y, cell, _tall(image, cell), image, interpolation="auto")
+    for title, x in zip(titles, layout.columns, strict=False):
+        text(x + cell / 2, _GAP / 2 + _BAND / 2, title)
+    for name, y, tallest in zip(names, layout.rows, layout.heights, strict=False):
+        text(_BAND / 2 + 2, y + tallest / 2, name, rotation=90)
+    for (name, colour), (x, middle) in zip(legend.items(), layout.entries, strict=True):
+        picture(x, middle - 6, 12, 12, np.asarray(colour, dtype=np.uint8).reshape(1, 1, 3))
+        figure.text((x + 17) / width, 1 - middle / height, name, fontsize=9, va="center")
     if heat:
-        line = height - band / 2
-        bar = figure.add_axes((left / width, 1 - (line + 6) / height, min(120, cell) / width, 12 / height))
-        bar.imshow(heat_map(np.linspace(0, 1, 256))[None], aspect="auto")
-        bar.set_axis_off()
-        start = left + min(120, cell) + 6
-        figure.text(start / width, 1 - line / height, f"{heat}, 0 to 1", fontsize=9, va="center")
+        wide = min(120, cell)
+        picture(layout.left, layout.bar - 6, wide, 12, heat_map(np.linspace(0, 1, 256))[None])
+        figure.text(
+            (layout.left + wide + 6) / width, 1 - layout.bar / height, f"{heat}, 0 to 1", fontsize=9, va="center"
+        )
     return _render(figure)
 
 

@@ -1,0 +1,160 @@
+"""Batches: augmentation, order, workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from batches import Samples, colour_jitter, draw_window
+from config import Augment, Config, Data
+from data import BadFileError, VOCFolder
+from networks import IMAGENET
+from PIL import Image
+from torch.testing import assert_close
+
+from tests.voc.trainings import damage, tiny_config
+
+
+def collect(root: Path, config: Config, **kwargs: object) -> list[tuple[torch.Tensor, ...]]:
+    data = VOCFolder(root)
+    samples = Samples(
+        data, data.stems("train"), config, config.cam.augment, [data.root / "SegmentationClass"], **kwargs
+    )
+    return list(samples.batches(5, 0, 4, pin=False))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_batches_depend_on_neither_workers_nor_start(root):
+    alone, helped = collect(root, tiny_config()), collect(root, tiny_config(workers=2))
+    assert len(alone) == 4
+    for a, b in zip(alone, helped, strict=True):
+        assert_close(a, b, rtol=0, atol=0)
+    data = VOCFolder(root)
+    samples = Samples(data, data.stems("train"), tiny_config(), tiny_config().cam.augment)
+    later = next(samples.batches(5, 3, 4, pin=False))
+    assert torch.equal(later.images, alone[3].images)
+    other = collect(root, tiny_config(seed=1))
+    assert not torch.equal(other[0].images, alone[0].images)
+
+
+def test_an_epoch_shows_every_image_once(root):
+    data = VOCFolder(root)
+    stems = data.stems("train")
+    samples = Samples(data, stems, tiny_config(), Augment(crop=8))
+    seen: list[str] = []
+    samples.sample = lambda stem, rng: seen.append(stem)  # type: ignore[method-assign, assignment, return-value]
+    for position in range(3 * len(stems)):
+        samples[position]
+    epochs = [seen[i * len(stems) : (i + 1) * len(stems)] for i in range(3)]
+    assert all(sorted(epoch) == sorted(stems) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+class Coordinates:
+    """Images whose red and green tell where a pixel comes from, and the label map that belongs to them."""
+
+    stems = ("only",)
+
+    def __init__(self, width: int, height: int) -> None:
+        self.y, self.x = np.mgrid[:height, :width]
+
+    def image(self, stem: str) -> np.ndarray:
+        return np.stack([2 * self.x, 2 * self.y, 0 * self.x + 255], -1).astype(np.uint8)
+
+    def tags(self, stem: str) -> torch.Tensor:
+        return torch.ones(1)
+
+    def mask(self, stem: str, *, folder: Path) -> np.ndarray:
+        return (self.x // 8 + 3 * (self.y // 8)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("size", [(100, 60), (31, 50), (24, 24)])
+@pytest.mark.parametrize(("mode", "low", "high"), [("scale", 0.5, 1.3), ("area", 0.5, 1.0), ("longest", 30, 90)])
+def test_image_and_map_are_cut_alike(mode, low, high, size):
+    augment = Augment(crop=48, resize=mode, resize_range=(low, high), jitter_probability=0)
+    samples = Samples(Coordinates(*size), ["only"], tiny_config(), augment, [Path("maps")])  # type: ignore[arg-type]
+    mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
+    flips = 0
+    for position in range(20):
+        images, _, maps = samples[position][0]  # type: ignore[index]
+        colours, labels = (images[0] * std + mean) * 255, maps[0, 0]
+        inside = labels != 255
+        assert torch.equal(images[0].abs().sum(0) > 0, inside)
+        x, y = colours[0] / 2, colours[1] / 2  # bilinear: exact but for rounding, and at the image's edge
+        sure = inside & ((x % 8 - 3.5).abs() < 2.7) & ((y % 8 - 3.5).abs() < 2.7)
+        assert sure.sum() > 0.2 * inside.sum()
+        assert torch.equal(labels[sure].float(), (x // 8 + 3 * (y // 8))[sure])
+        rows = x.where(inside, torch.nan).nanmean(0)
+        rows = rows[~rows.isnan()]
+        flips += int(rows[0] > rows[-1])
+    assert 3 <= flips <= 17
+
+
+def test_windows_keep_scale_and_stay_inside():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        augment = Augment(crop=64, resize="scale", resize_range=(0.5, 1.3))
+        (x0, y0, x1, y1), (w, h), (left, top), _ = draw_window(rng, (100, 50), augment)
+        assert 0 <= x0 < x1 <= 100
+        assert 0 <= y0 < y1 <= 50
+        assert 0.49 < w / (x1 - x0) < 1.31
+        assert w / (x1 - x0) == pytest.approx(h / (y1 - y0), rel=0.03)
+        assert left + w <= 64
+        assert top + h <= 64
+        augment = Augment(crop=64, resize="area", resize_range=(0.2, 0.8))
+        (x0, y0, x1, y1), size, _, _ = draw_window(rng, (100, 80), augment)
+        assert size == (64, 64)
+        assert 0.19 < (x1 - x0) * (y1 - y0) / 8000 < 0.82
+        augment = Augment(crop=400, resize="longest", resize_range=(90, 110))
+        _, size, _, _ = draw_window(rng, (100, 50), augment)
+        assert 90 <= size[0] <= 110
+        assert size[1] == pytest.approx(size[0] / 2, abs=1)
+
+
+def test_colour_jitter_changes_what_it_is_asked_to():
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+    def jitter(*amounts: float, probability: float = 1.0) -> np.ndarray:
+        augment = Augment(jitter=amounts, jitter_probability=probability)  # type: ignore[arg-type]
+        return colour_jitter(image, np.random.default_rng(3), augment)
+
+    assert np.array_equal(jitter(0.4, 0.4, 0.4, 0.1, probability=0), image)
+    assert np.array_equal(jitter(0, 0, 0, 0), np.asarray(Image.fromarray(image).convert("HSV").convert("RGB")))
+    bright = jitter(0.5, 0, 0, 0).mean()
+    assert abs(bright - image.mean()) > 1
+    grey = np.full((8, 8, 3), 90, np.uint8)
+    augment = Augment(jitter=(0, 0, 0.5, 0.5), jitter_probability=1)
+    assert np.array_equal(colour_jitter(grey, np.random.default_rng(0), augment), grey)
+    values = {
+        colour_jitter(grey, np.random.default_rng(i), Augment(jitter=(0.5, 0, 0, 0), jitter_probability=1)).max()
+        for i in range(50)
+    }
+    assert min(values) >= 45
+    assert max(values) <= 135
+    assert len(values) > 20
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    "what", ["truncated image", "no image", "size", "16 bits", "colours", "values", "no mask", "class", "xml", "no xml"]
+)
+def test_bad_file_is_named_or_skipped(own_root, what):
+    message = damage(own_root, what)
+    workers = 1 if what == "truncated image" else 0
+    with pytest.raises(BadFileError, match=message) as caught:
+        collect(own_root, tiny_config(workers=workers))
+    assert "Traceback" not in str(caught.value)
+    assert "on_bad_file: skip" in str(caught.value)
+    config = tiny_config(data=Data(train="train", on_bad_file="skip"), workers=workers)
+    with pytest.warns(UserWarning, match=f"skipped the image train_0003: .*{message}"):
+        batches = collect(own_root, config)
+    assert all(len(batch.images) == 5 for batch in batches)
+
+
+def test_a_list_without_a_usable_image_stops_even_when_skipping(own_root):
+    for path in (own_root / "JPEGImages").iterdir():
+        path.unlink()
+    with pytest.raises(BadFileError, match="no image of the training list"):
+        collect(own_root, tiny_config(data=Data(train="train", on_bad_file="skip")))

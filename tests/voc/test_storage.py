@@ -1,0 +1,70 @@
+"""Files that are either whole or absent."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+import storage
+import torch
+from PIL import Image
+
+
+def test_a_full_disk_leaves_the_file_that_was(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    storage.write_atomic(path, b"whole")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "fsync", full)
+        with pytest.raises(OSError, match=r"could not write .*model\.pt \(No space left") as caught:
+            storage.write_atomic(path, b"new")
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_bytes() == b"whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_checkpoints_are_kept_in_order_and_checked(tmp_path):
+    assert storage.load_checkpoint(tmp_path) is None
+    for step in (1, 2, 10):
+        storage.save_checkpoint(tmp_path, step, {"step": step, "x": torch.full((3,), step)})
+    assert [p.name[:12] for p in sorted(tmp_path.iterdir())] == ["step-0000002", "step-0000010"]
+    state = storage.load_checkpoint(tmp_path)
+    assert state is not None
+    assert state["x"].tolist() == [10, 10, 10]
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert storage.load_checkpoint(tmp_path) is None
+    (tmp_path / ".model.pt.77.tmp").touch()
+    storage.remove_unfinished(tmp_path)
+    storage.remove_checkpoints(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("present", [[], [2], [0, 3]])
+def test_cams_survive_a_png_in_steps_of_1_255(tmp_path, present):
+    labels = torch.zeros(4)
+    labels[present] = 1
+    cam = torch.rand(4, 7, 5) * labels[:, None, None]
+    storage.save_cam(tmp_path / "cam.png", cam, labels)
+    again = storage.load_cam(tmp_path / "cam.png", 4)
+    assert again.shape == cam.shape
+    assert (again - cam).abs().max() <= 0.5 / 255 + 1e-6
+    assert not again[labels == 0].any()
+    storage.save_cam(tmp_path / "again.png", again, labels)
+    assert torch.equal(storage.load_cam(tmp_path / "again.png", 4), again)
+    (tmp_path / "cam.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"cam\.png is no CAM file"):
+        storage.load_cam(tmp_path / "cam.png", 4)
+
+
+def test_masks_survive_a_png(tmp_path):
+    mask = np.random.default_rng(0).integers(0, 256, (5, 4), dtype=np.uint8)
+    storage.save_mask(tmp_path / "m.png", mask)
+    with Image.open(tmp_path / "m.png") as image:
+        assert image.mode == "P"
+        assert np.array_equal(np.array(image), mask)

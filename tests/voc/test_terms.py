@@ -1,0 +1,127 @@
+"""The objective of train_cam as a list of terms: what it computes, and what adding one takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import train_cam
+from batches import Batch
+from config import CAM, Gate
+from networks import build_cam
+from tables import ROWS
+from terms import TERMS, Term, Views
+from torch import nn
+from train_cam import Objective
+
+import pixelss
+from tests.voc.trainings import tiny_config
+
+N = 3
+
+
+def build(row: str, **changes: object) -> tuple[Objective, nn.Sequential]:
+    names = {name.removeprefix("cam."): value for name, value in ROWS[row].items()}
+    cam = CAM(rcm_gate=Gate(iterations=2), mam_gate=Gate(iterations=4), **names)
+    config = tiny_config(cam=replace(cam, **changes))
+    torch.manual_seed(0)
+    student = build_cam(config, N)
+    return Objective(config, student, N, 100), student
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 32, 32, generator=generator)
+    return Batch(images, torch.tensor([[1.0, 0, 1], [0, 1, 0]]), torch.zeros(2, 0, 32, 32, dtype=torch.uint8))
+
+
+def calls_of(monkeypatch, name):
+    """Count the calls of a function of the library."""
+    counted, whole = [], getattr(pixelss, name)
+    monkeypatch.setattr(pixelss, name, lambda *args, **kwargs: counted.append(args[0]) or whole(*args, **kwargs))
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("row", "step", "report", "forwards", "masks"),
+    [
+        ("baseline", 9, False, 1, 0),
+        ("baseline", 9, True, 2, 0),  # the teacher's, for its signals
+        ("MAM", 3, False, 1, 0),  # the gate is closed
+        ("MAM", 4, False, 2, 0),
+        ("RCM", 1, False, 1, 0),
+        ("RCM", 2, False, 2, 1),
+        ("direct", 2, False, 2, 1),
+        ("MAM+RCM", 4, True, 2, 1),
+    ],
+)
+def test_what_no_term_asks_for_is_not_computed(monkeypatch, batch, row, step, report, forwards, masks):
+    objective, student = build(row)
+    passes, regions = calls_of(monkeypatch, "multi_scale_forward"), calls_of(monkeypatch, "class_region_mask")
+    objective(student, batch, step, report)
+    assert len(passes) == forwards
+    assert len(regions) == masks
+    assert passes[0] is student
+    assert all(model is objective.teacher for model in passes[1:])
+
+
+def test_scales_of_the_student_are_those_that_terms_ask_for(monkeypatch, batch):
+    for row, cls_scales, step, wanted in (
+        ("baseline", (0.5,), 9, (0.5,)),
+        ("RCM", (0.5,), 2, (0.5, 1.0)),
+        ("SMM", (2.0,), 4, (1.0, 2.0)),
+    ):
+        objective, student = build(row, cls_scales=cls_scales)
+        seen = []
+        student[0].register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].shape[-1] / 32))
+        objective(student, batch, step, False)
+        assert tuple(seen) == wanted
+
+
+def test_loss_is_the_weighted_sum_of_its_parts(batch):
+    weights = {"cls": 0.5, "rcm": 0.25, "direct": 2.0, "mam": 3.0}
+    objective, student = build("MAM+RCM", **weights)
+    loss, parts = objective(student, batch, 4, False)
+    assert list(parts) == list(weights)
+    torch.testing.assert_close(loss, sum(weights[name] * part for name, part in parts.items()))
+
+
+def test_only_a_term_that_is_asked_for_has_its_modules_saved():
+    assert build("baseline")[0].modules.keys() == {"teacher"}
+    assert build("RCM")[0].modules.keys() == {"teacher", "bank"}
+
+
+def test_a_new_term_is_one_entry(monkeypatch, batch):
+    """Its weight lies in config.CAM; loop and objective know nothing of it."""
+    memory = nn.BatchNorm1d(N)
+
+    def tagged(config, num_classes, images):
+        def mean(views: Views) -> tuple[torch.Tensor, torch.Tensor]:
+            assert views.student.keys() == {0.5, 1.0, 2.0}
+            return memory(views.student[2.0].logits).square().mean(), views.images.new_full((), 2.0)
+
+        return Term(mean, (2.0,), 3, {"memory": memory})
+
+    monkeypatch.setitem(TERMS, "tagged", tagged)
+    monkeypatch.setattr(CAM, "tagged", 0.0, raising=False)
+    assert "memory" not in build("baseline")[0].modules
+    monkeypatch.setattr(CAM, "tagged", 7.0)
+    objective, student = build("baseline", cls_scales=(0.5, 1.0, 2.0))
+    assert objective.modules.keys() == {"teacher", "memory"}
+    assert list(objective(student, batch, 2, False)[1]) == ["cls"]
+    loss, parts = objective(student, batch, 3, False)
+    assert list(parts) == ["cls", "tagged"]
+    torch.testing.assert_close(loss, parts["cls"] + 7 * parts["tagged"])
+
+
+def test_two_terms_may_not_keep_modules_under_one_name(monkeypatch):
+    monkeypatch.setitem(TERMS, "mam", lambda *args: Term(lambda views: None, (1.0,), 0, {"bank": nn.ReLU()}))
+    with pytest.raises(ValueError, match=r"The term mam must name its modules as no other does, but has \['bank'\]"):
+        build("MAM+RCM")
+
+
+def test_every_term_has_a_weight_in_the_config():
+    assert all(isinstance(getattr(CAM(), name), float) for name in TERMS)
+    assert train_cam.STAGE.section == "cam"
