@@ -1,7 +1,13 @@
-"""Sphinx: `python -m sphinx -W -n docs OUT`, offline; pictures are drawn and notebooks run on the way."""
+"""Sphinx: `python -m sphinx -W -n docs OUT`, offline; pictures are drawn and notebooks run on the way.
+
+Four things are done here that Sphinx does not do: docstrings are turned from plain text to reST, texts that live
+elsewhere in the repository are taken in with their links, every picture gets a twin for dark pages, and the search
+takes an equation for one word.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -11,7 +17,15 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(DOCS)]
+
+import generate  # noqa: E402
+import numpy as np  # noqa: E402
+from docutils import nodes  # noqa: E402
+from PIL import Image  # noqa: E402
+from skimage.measure import label, regionprops  # noqa: E402
+from sphinx import search  # noqa: E402
+from sphinx.search.en import SearchEnglish  # noqa: E402
 
 import pixelss  # noqa: E402
 import pixelss.viz  # noqa: E402
@@ -22,6 +36,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
     "sphinx-mathjax-offline",  # MathJax itself, copied into the site: no page asks another host for anything
     "sphinx_copybutton",
     "myst_nb",
@@ -97,7 +112,7 @@ def _prose(part: str) -> str:
     for i, piece in enumerate(pieces[1::2]):
         unbroken = piece.replace(" ", "\N{NO-BREAK SPACE}")
         escaped[i] += f"\\ ``{unbroken}``\\ " if piece else ""
-    return "".join(escaped)
+    return generate.KEY.sub(lambda key: f":ref:`{key[0]} <{generate.label(key[0])}>`", "".join(escaped))
 
 
 def name_aliases(
@@ -107,30 +122,106 @@ def name_aliases(
     return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returns))
 
 
-def append_voc(app: Any, docname: str, source: list[str]) -> None:
-    """Append examples/voc/README.md to the page on VOC, a heading level down, links into the repository as text."""
-    path = ROOT / "examples" / "voc" / "README.md"
-    if docname != "voc":
+class SearchEquations(SearchEnglish):
+    """Search that takes "Eq. 5" for one word: numbers are dropped otherwise, and any equation finds them all."""
+
+    js_splitter_code = r"""
+var splitQuery = (query) =>
+  query
+    .replace(/\beq\.?\s*(\d+)/gi, "eq$1")
+    .split(/[^\p{Letter}\p{Number}_]+/gu)
+    .filter((term) => term);
+"""
+
+    def split(self, input: str) -> list[str]:  # noqa: A002
+        """Return the words of a text, as the function above does with a query."""
+        return super().split(re.sub(r"\bEq\. (\d+)", r"eq\1", input))
+
+
+search.languages["en"] = SearchEquations
+
+
+# Page -> the text of the repository that follows what the page says itself, all of it or between two markers.
+TAKEN_IN = {
+    "voc": ("examples/voc/README.md", ""),
+    "voc-results": ("examples/voc/RESULTS.md", ""),
+    "status": ("README.md", "status"),
+}
+LINK = re.compile(r"(?<=\]\()(?!#|mailto:)([^)#\s]*)(#[^)\s]*)?(?=\))")
+
+
+def take_in(app: Any, docname: str, source: list[str]) -> None:
+    """Append the text that belongs to a page, without its first heading, its links and pictures still working."""
+    name, marker = TAKEN_IN.get(docname, ("", ""))
+    path = ROOT / name
+    if not path.is_file():
         return
     app.env.note_dependency(str(path))
-    if not path.exists():
-        return
-    lines, code = [], False
-    for line in path.read_text().splitlines():
-        code ^= line.lstrip().startswith("```")
-        if not code:
-            line = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)", "", line)
-            line = re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", line)
-            line = re.sub(r"^(?=#+ )", "#", line)
-        lines.append(line)
-    source[0] += "\n" + "\n".join(lines) + "\n"
+    text = path.read_text()
+    if marker:
+        text = text.split(f"<!-- {marker} -->")[1].split(f"<!-- /{marker} -->")[0]
+    parts = re.split(r"(^ *```.*?^ *```)", text, flags=re.MULTILINE | re.DOTALL)  # odd ones are code
+    parts[::2] = [LINK.sub(lambda link: _from_docs(path, link[1], link[2] or ""), part) for part in parts[::2]]
+    text = re.sub(r"\A\s*#+ .*\n", "", "".join(parts))
+    source[0] += f"\n{text}\n"
+
+
+def _from_docs(path: Path, target: str, anchor: str) -> str:
+    """Return a link's target as seen from docs/: a page of the site, else a file of the repository."""
+    if target.startswith(("https:", "http:")) and not target.startswith(f"{generate.URL}/blob/main/"):
+        return target + anchor
+    inside = target.removeprefix(f"{generate.URL}/blob/main/")
+    found = (path.parent / target if inside == target else ROOT / inside).resolve()
+    pages = {(ROOT / name).resolve(): page for page, (name, marker) in TAKEN_IN.items() if not marker}
+    if found in pages:
+        return f"{pages[found]}.md{anchor}"
+    if DOCS in found.parents:
+        return f"{found.relative_to(DOCS)}{anchor}"
+    if found.is_file():
+        return f"../{found.relative_to(ROOT)}"
+    return f"{generate.URL}/tree/main/{found.relative_to(ROOT)}"
+
+
+NIGHT = DOCS / "_pictures" / "night"
+
+
+def twin_pictures(app: Any, doctree: nodes.document) -> None:
+    """Give every picture on white paper a twin for dark pages; the theme shows one of the two."""
+    for node in list(doctree.findall(nodes.image)):
+        _, path = app.env.relfn2path(node["uri"], app.env.docname)
+        if "://" in node["uri"] or Path(path).suffix != ".png":
+            continue
+        content = Path(path).read_bytes()
+        twin = NIGHT / f"{Path(path).stem}-{hashlib.sha256(content).hexdigest()[:8]}.png"
+        if not twin.exists():
+            twin.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(at_night(np.asarray(Image.open(path).convert("RGB")))).save(twin, optimize=True)
+        dark = node.deepcopy()
+        dark["uri"] = f"/{twin.relative_to(DOCS)}"
+        node["classes"].append("only-light")
+        dark["classes"].append("only-dark")
+        node.parent.insert(node.parent.index(node) + 1, dark)
+
+
+def at_night(picture: pixelss.viz.Pixels) -> pixelss.viz.Pixels:
+    """Return a picture with the lightness of paper, writing and curves turned round; images stay as they are."""
+    x = picture / 255
+    turned = x + 1 - x.max(-1, keepdims=True) - x.min(-1, keepdims=True)  # the same hue, lightness 1 - L
+    night = (255 * (0.078 + 0.75 * turned)).astype(np.uint8)  # from furo's dark paper to its writing
+    for region in regionprops(label((picture < 250).any(-1))):
+        top, left, bottom, right = region.bbox
+        filled = region.area_filled / ((bottom - top) * (right - left))
+        if min(bottom - top, right - left) >= 12 and filled > 0.95:  # no letter fills its box
+            night[top:bottom, left:right] = picture[top:bottom, left:right]
+    return night
 
 
 def setup(app: Any) -> None:
     """Draw the pictures, take the notebooks in, and hook the docstrings' conversion up before napoleon's."""
     app.connect("autodoc-process-docstring", to_rest, priority=400)
     app.connect("autodoc-process-signature", name_aliases)
-    app.connect("source-read", append_voc)
+    app.connect("source-read", take_in)
+    app.connect("doctree-read", twin_pictures, priority=400)  # before Sphinx collects the images
     subprocess.run([sys.executable, str(DOCS / "pictures.py")], check=True)
     notebooks = DOCS / "notebooks"
     notebooks.mkdir(exist_ok=True)

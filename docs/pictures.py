@@ -3,13 +3,16 @@
     python docs/pictures.py
 
 It runs by itself when the site is built, and draws again only where this file, the small network or pixelss changed.
+The network learns for some minutes the first time and is kept in runs/pictures.pth.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -26,29 +29,73 @@ from pixelss import viz  # noqa: E402
 
 OUT = ROOT / "docs" / "_pictures"
 PALETTE = viz.voc_palette()
+THRESHOLD = 0.3  # the best for these CAMs, to the tenth
 LEGEND = {name: PALETTE[k] for k, name in enumerate(CLASSES, start=1)}
+
+
+def learn() -> torch.nn.Sequential:
+    """Return the small network after plain classification, then classification at three scales, then all blocks."""
+    student, kept = trained(), ROOT / "runs" / "pictures.pth"
+    stamp = hashlib.sha256(inspect.getsource(learn).encode()).hexdigest()
+    if kept.exists() and (saved := torch.load(kept, weights_only=True))["stamp"] == stamp:
+        student.load_state_dict(saved["model"])
+        return student.eval()
+    student.train()
+    pool, rng, bce = scenes(320, seed=0), np.random.default_rng(1), torch.nn.BCEWithLogitsLoss()
+    region, bank = pixelss.ClassRegionMask(threshold=0.3), pixelss.PrototypeBank(len(CLASSES))
+    rcl, mal = pixelss.RegionalContrastiveLoss(), pixelss.MultiScaleAttentiveLoss()
+    for steps, lr, momentum, blocks in ((50, 0.02, 0.9, False), (200, 0.04, 0.0, True)):
+        optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=momentum, weight_decay=5e-4)
+        schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
+        teacher = pixelss.EMATeacher(student, momentum=0.99)
+        for _ in range(steps):
+            images, tags, _ = batch([pool[i] for i in rng.choice(len(pool), 16, replace=False)])
+            out = pixelss.multi_scale_forward(student, images)
+            loss = torch.stack([bce(o.logits, tags) for o in out]).mean()
+            if blocks:
+                taught = pixelss.multi_scale_forward(teacher, images)
+                mask = region(pixelss.msinf_cam([o.cam for o in taught], tags), tags)
+                bank.update(taught[1].features, mask)
+                cams = [[pixelss.normalize_cam(o.cam) for o in one] for one in (out, taught)]
+                loss = loss + rcl(out[1].features, mask, bank.prototypes, bank.filled) + mal(*cams, tags)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            teacher.update(student)
+    torch.save({"stamp": stamp, "model": student.state_dict()}, kept)
+    return student.eval()
 
 
 def prepare() -> None:
     """Train the small network, and keep what the functions below share."""
-    global student, scene, image, images, tags, masks, outputs, cam, mask, bank
-    student = trained()
+    global student, scene, image, images, levels, tags, masks, outputs, cam, mask, bank
+    student = learn()
     scene = [s for s in scenes(40, seed=1) if len(set(s.names)) == 2][:2]
     image = [s.image for s in scene]
+    levels = torch.from_numpy(np.stack(image)).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W) uint8
     images, tags, masks = batch(scene)
     with torch.no_grad():
         outputs = pixelss.multi_scale_forward(student, images)
     cam = pixelss.msinf_cam([o.cam for o in outputs], tags)
-    mask = pixelss.class_region_mask(cam, tags, threshold=0.4)
+    mask = pixelss.class_region_mask(cam, tags, threshold=THRESHOLD)
     bank = pixelss.PrototypeBank(len(CLASSES))
     many, many_tags, _ = batch(scenes(32, seed=2))
     with torch.no_grad():
         wide = pixelss.multi_scale_forward(student, many)
-    seen = pixelss.class_region_mask(pixelss.msinf_cam([o.cam for o in wide], many_tags), many_tags, threshold=0.4)
-    bank.update(wide[1].features, seen)
+    wide_cam = pixelss.msinf_cam([o.cam for o in wide], many_tags)
+    bank.update(wide[1].features, pixelss.class_region_mask(wide_cam, many_tags, threshold=THRESHOLD))
 
 
-def cam_picture() -> viz.Pixels:
+def head_picture() -> viz.Pixels:
+    with torch.no_grad():
+        cams = pixelss.normalize_cam(student(images).cam)
+    rows = [[image[b], *(viz.overlay_cam(image[b], c) for c in cams[b])] for b in range(2)]
+    names = ["tags: " + ", ".join(sorted(set(s.names))) for s in scene]
+    return viz.grid(rows, titles=["image", *CLASSES], names=names, heat="CAM")
+
+
+def scales_picture() -> viz.Pixels:
     rows, names = [], []
     for b, k in tags.nonzero().tolist():
         single = [pixelss.normalize_cam(o.cam)[b, k] for o in outputs]
@@ -60,10 +107,10 @@ def cam_picture() -> viz.Pixels:
 def region_picture() -> viz.Pixels:
     rows = []
     for b in range(2):
-        regions = [pixelss.class_region_mask(cam, tags, threshold=t)[b] for t in (0.1, 0.2, 0.4)]
+        regions = [pixelss.class_region_mask(cam, tags, threshold=t)[b] for t in (0.1, THRESHOLD, 0.5)]
         heat = viz.overlay_cam(image[b], cam[b].amax(0))
         rows.append([image[b], heat, *(viz.overlay_mask(image[b], m) for m in [*regions, masks[b]])])
-    titles = ["image", "strongest CAM", "threshold 0.1", "0.2", "0.4", "truth"]
+    titles = ["image", "strongest CAM", "threshold 0.1", str(THRESHOLD), "0.5", "truth"]
     return viz.grid(rows, titles=titles, legend=LEGEND, heat="CAM")
 
 
@@ -99,6 +146,18 @@ def attentive_picture() -> viz.Pixels:
     return viz.grid(rows, titles=["scale 0.5", "scale 1", "scale 2"], names=names, heat="CAM or target (above 1: 1)")
 
 
+def direct_picture() -> viz.Pixels:
+    rows, names = [], []
+    for b, k in tags.nonzero().tolist():
+        target = (mask[b] == k + 1).float()
+        loss = torch.nn.functional.binary_cross_entropy(cam[b, k].clamp(1e-6, 1 - 1e-6), target, reduction="none")
+        heat = [viz.overlay_cam(image[b], c) for c in (cam[b, k], (loss / 2).clamp(max=1))]
+        rows.append([image[b], viz.overlay_mask(image[b], mask[b]), *heat])
+        names.append(CLASSES[k])
+    titles = ["image", "region mask", "CAM", "loss of every pixel"]
+    return viz.grid(rows, titles=titles, names=names, legend=LEGEND, heat="CAM, or loss / 2")
+
+
 def teacher_picture() -> viz.Pixels:
     noisy = copy.deepcopy(student)
     teacher = pixelss.EMATeacher(noisy, momentum=0.9)
@@ -117,14 +176,15 @@ def teacher_picture() -> viz.Pixels:
 
 def crf_picture() -> viz.Pixels:
     probs = torch.cat([pixelss.background_score(cam, alpha=2), cam], dim=1)
-    levels = torch.from_numpy(np.stack(image)).permute(0, 3, 1, 2).contiguous()
     refined = pixelss.dense_crf(levels, probs, bilateral=(20.0, 13.0, 10.0))  # sxy: these images are small
     maps = [probs.argmax(1), refined.argmax(1), masks]
     rows = [[image[b], *(viz.overlay_mask(image[b], m[b]) for m in maps)] for b in range(2)]
     return viz.grid(rows, titles=["image", "CAM", "after the CRF", "truth"], legend=LEGEND)
 
 
-def affinity_picture() -> viz.Pixels:
+@cache
+def affinity_net() -> tuple[torch.Tensor, ...]:
+    """Train a small AffinityNet; return CAMs and both label maps at its cells, affinities before and after."""
     many, many_tags, _ = batch(scenes(48, seed=3))
     double = torch.nn.functional.interpolate(torch.cat([images, many]), scale_factor=2, mode="bilinear")
     with torch.no_grad():  # features of two depths at 24 x 24 cells, and the CAM there
@@ -133,31 +193,67 @@ def affinity_picture() -> viz.Pixels:
     low, high = (torch.cat([pixelss.background_score(small, alpha=a), small], 1).argmax(1) for a in (1, 6))
     head = pixelss.AffinityHead((128, 128), dims=(32, 64))
     optimizer, pairs = torch.optim.Adam(head.parameters(), lr=0.003), pixelss.affinity_labels(low, high)
+    with torch.no_grad():
+        before = head([half[:2], deep[:2]])
     for start in range(60):
         some = slice(2 + start % 6 * 8, 10 + start % 6 * 8)
         loss = pixelss.affinity_loss(head([half[some], deep[some]]), pairs[some])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    scores = torch.cat([pixelss.background_score(small[:2], alpha=3), small[:2]], 1)
     with torch.no_grad():
-        walked = pixelss.random_walk(scores, head([half[:2], deep[:2]]), log_steps=4)
+        after = head([half[:2], deep[:2]])
+    return small[:2], low[:2], high[:2], before, after
+
+
+def large(cells: torch.Tensor) -> torch.Tensor:
+    """Return label maps of cells at the images' size."""
+    return cells.repeat_interleave(4, -1).repeat_interleave(4, -2)
+
+
+def net_picture() -> viz.Pixels:
+    *_, before, after = affinity_net()
+    rows = []
+    for b in range(2):
+        alike = [a[b].sum(0) / (a[b] > 0).sum(0) for a in (before, after)]  # mean over a cell's partners
+        rows.append([image[b], *(viz.overlay_cam(image[b], (1 - a) / (1 - a).max()) for a in alike)])
+    heat = "1 - mean affinity of a cell, / its maximum"
+    return viz.grid(rows, titles=["image", "untrained", "trained"], heat=heat)
+
+
+def labels_picture() -> viz.Pixels:
+    _, low, high, *_ = affinity_net()
+    known = (pixelss.affinity_labels(low, high) != 255).float().mean(1)
+    rows = []
+    for b in range(2):
+        maps = [viz.overlay_mask(image[b], large(m[b])) for m in (low, high)]
+        rows.append([image[b], *maps, viz.overlay_cam(image[b], known[b])])
+    return viz.grid(rows, titles=["image", "low", "high", "known pairs"], legend=LEGEND, heat="share of known pairs")
+
+
+def walk_picture() -> viz.Pixels:
+    small, *_, affinity = affinity_net()
+    scores = torch.cat([pixelss.background_score(small, alpha=3), small], 1)
+    walked = pixelss.random_walk(scores, affinity, log_steps=4)
     rows, names = [], []
     for b, k in tags.nonzero().tolist():
-        stages = [s[b, k + 1] / s[b, k + 1].max() for s in (scores, walked)]
-        rows.append([image[b], *(viz.overlay_cam(image[b], s) for s in stages)])
+        heat = [viz.overlay_cam(image[b], s[b, k + 1] / s[b, k + 1].max()) for s in (scores, walked)]
+        maps = [viz.overlay_mask(image[b], large(s[b].argmax(0))) for s in (scores, walked)]
+        rows.append([image[b], *heat, *maps])
         names.append(CLASSES[k])
-    return viz.grid(rows, titles=["image", "before", "after 16 steps"], names=names, heat="score / its maximum")
+    titles = ["image", "before", "after 16 steps", "labels before", "labels after"]
+    return viz.grid(rows, titles=titles, names=names, legend=LEGEND, heat="score / its maximum")
 
 
-def segmentation_picture() -> viz.Pixels:
+def segmentation_net() -> torch.nn.Module:
+    """Train a small segmentation network on pseudo-labels of CAM and CRF."""
     pool = scenes(48, seed=3)
     many, many_tags, _ = batch(pool)
     with torch.no_grad():
         seeds = pixelss.msinf_cam([o.cam for o in pixelss.multi_scale_forward(student, many)], many_tags)
     probs = torch.cat([pixelss.background_score(seeds, alpha=2), seeds], dim=1)
-    levels = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1) for s in pool])
-    pseudo = pixelss.dense_crf(levels, probs, bilateral=(20.0, 13.0, 10.0)).argmax(1)
+    pixels = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1) for s in pool])
+    pseudo = pixelss.dense_crf(pixels, probs, bilateral=(20.0, 13.0, 10.0)).argmax(1)
 
     backbone, head = copy.deepcopy(student[0]), pixelss.LargeFOV(128, len(CLASSES))
     net = torch.nn.Sequential(backbone, head)
@@ -170,7 +266,11 @@ def segmentation_picture() -> viz.Pixels:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = pixelss.multi_scale_inference(net.eval(), images, scales=(1.5, 2.0)).argmax(1)  # no tags needed
+    return net.eval()
+
+
+def segmentation_picture() -> viz.Pixels:
+    found = pixelss.multi_scale_inference(segmentation_net(), images, scales=(1.5, 2.0)).argmax(1)  # no tags needed
     rows = [[image[b], *(viz.overlay_mask(image[b], m[b]) for m in (found, masks))] for b in range(2)]
     return viz.grid(rows, titles=["image (not trained on)", "LargeFOV", "truth"], legend=LEGEND)
 
@@ -188,9 +288,19 @@ def metrics_picture() -> viz.Pixels:
     return viz.threshold_curves(curves)
 
 
-def viz_picture() -> viz.Pixels:
+def overlays_picture() -> viz.Pixels:
+    rows = []
+    for b in range(2):
+        similarity = viz.prototype_similarity(outputs[1].features[b], bank.prototypes[1:]).max(0)
+        heat = [viz.overlay_cam(image[b], c) for c in (cam[b].amax(0), similarity)]
+        rows.append([image[b], viz.overlay_mask(image[b], masks[b]), *heat])
+    return viz.grid(rows, titles=["image", "overlay_mask", "overlay_cam", "prototype_similarity"])
+
+
+def plots_picture() -> viz.Pixels:
     rows = [[image[b], viz.overlay_mask(image[b], masks[b]), viz.overlay_cam(image[b], cam[b].amax(0))] for b in (0, 1)]
-    return viz.grid(rows, titles=["image", "overlay_mask", "overlay_cam"], legend=LEGEND, heat="CAM")
+    titles, names = ["image", "mask", "CAM"], ["first", "second"]
+    return viz.grid(rows, titles=titles, names=names, legend=LEGEND, heat="CAM")
 
 
 PICTURES = {name.removesuffix("_picture"): draw for name, draw in globals().items() if name.endswith("_picture")}

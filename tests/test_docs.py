@@ -1,5 +1,6 @@
 """The pages, recipes and notebooks: what they show exists and runs. CI builds the site, warnings as errors."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -14,7 +15,8 @@ import pixelss.viz
 
 ROOT = Path(__file__).parent.parent
 DOCS, EXAMPLES = ROOT / "docs", ROOT / "examples"
-PAGES = sorted([*DOCS.glob("*.md"), *(DOCS / "blocks").glob("*.md")])
+BLOCKS = sorted((DOCS / "blocks").rglob("*.md"))
+PAGES = sorted([*DOCS.glob("*.md"), *BLOCKS])
 TEXTS = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
     *(EXAMPLES / "voc" / name for name in ("README.md", "RESULTS.md")),
@@ -23,23 +25,78 @@ TEXTS = [
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.py"))
 NAMES = sorted([*pixelss.__all__, *(f"viz.{name}" for name in pixelss.viz.__all__)])
+NO_EQUATION = {"resnet38", "any_timm", "overlays", "plots"}
+NO_PICTURE = {
+    "resnet38": "without trained weights a backbone shows nothing",
+    "any_timm": "without trained weights a backbone shows nothing",
+    "affinity": "the labels and the head have one each",
+    "cross_entropy": "the segmentation network has one",
+}
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generate = load(DOCS / "generate.py")
 
 
 def relative(path):
     return str(path.relative_to(ROOT))
 
 
+def described(page):
+    return re.findall(r"^\.\. auto(?:function|class):: pixelss\.(\S+)$", page.read_text(), re.MULTILINE)
+
+
 def test_every_public_name_is_described_on_one_page():
-    directives = [
-        name
-        for page in PAGES
-        for name in re.findall(r"^\.\. auto(?:function|class):: pixelss\.(\S+)$", page.read_text(), re.MULTILINE)
-    ]
-    assert sorted(directives) == NAMES
+    assert sorted(name for page in PAGES for name in described(page)) == NAMES
 
 
-def test_the_api_page_lists_every_public_name_once():
-    assert sorted(re.findall(r"\{py:obj\}`~pixelss\.(\S+?)`", (DOCS / "api.md").read_text())) == NAMES
+@pytest.mark.parametrize("page", BLOCKS, ids=relative)
+def test_a_page_lies_where_its_module_lies_and_its_names_come_from(page):
+    module = page.relative_to(DOCS / "blocks").with_suffix("")
+    assert (ROOT / "src" / "pixelss" / module).with_suffix(".py").is_file()
+    room = importlib.import_module(".".join(["pixelss", *(module.parent.parts or module.parts)]))
+    names = described(page)
+    assert names
+    assert not [name for name in names if not hasattr(room, name.removeprefix("viz."))]
+
+
+def test_the_sidebar_shows_every_page_of_a_block_once():
+    assert sorted(page.path for page in generate.pages()) == [str(page.relative_to(DOCS)) for page in BLOCKS]
+
+
+@pytest.mark.parametrize("text", ["docs/api.md", "docs/papers.md", "README.md"])
+def test_generated_texts_are_as_committed(text):
+    assert (ROOT / text).read_text() == generate.generated()[ROOT / text], "run `python docs/generate.py`"
+
+
+def test_every_source_of_a_docstring_is_in_the_bibliography_and_no_other():
+    cited = {key: name for name in NAMES for key in generate.references(name)}
+    assert {key: cited[key] for key in cited.keys() - generate.BIBLIOGRAPHY.keys()} == {}
+    assert sorted(generate.BIBLIOGRAPHY) == sorted(cited)
+
+
+def test_what_a_row_of_the_readme_says_is_short():
+    assert not [page for page in generate.pages() if not 1 <= len(page.does.split()) <= 10]
+
+
+def test_an_equation_is_in_the_heading_of_one_page():
+    headings = [line for page in PAGES for line in re.findall(r"^#+ .*Eq\..*$", page.read_text(), re.MULTILINE)]
+    equations = [equation for heading in headings for equation in re.findall(r"\w+ Eq\. \d+", heading)]
+    assert len(equations) == len(set(equations)) >= 8
+    assert not [heading for heading in headings if re.search(r"\d-\d|\d, \d|(?<!\w )Eq", heading)]
+
+
+def test_every_equation_of_a_page_is_in_the_references_of_its_names():
+    for page in generate.pages():
+        stated = re.findall(r"(\w+) (Eq\. \d+)", page.title)
+        cited = {(key.split()[0], e) for key, where in generate.sources(page.names).items() for e in where}
+        assert set(stated) <= cited, page.path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
@@ -54,13 +111,27 @@ def test_the_landing_example_has_twelve_lines_at_most():
     assert len(block.splitlines()) <= 12
 
 
-def test_every_block_page_has_its_sections():
-    for page in (DOCS / "blocks").glob("*.md"):
-        text = page.read_text()
-        equation = page.stem in ("viz", "backbones") or "$$" in text
-        picture = page.stem == "backbones" or f"/_pictures/{page.stem}.png" in text
-        pitfalls = page.stem == "viz" or "## Pitfalls" in text
-        assert (equation, picture, pitfalls, "## API" in text) == (True, True, True, True), page
+@pytest.mark.parametrize("page", BLOCKS, ids=relative)
+def test_a_block_page_has_its_parts_in_order(page):
+    text = page.read_text()
+    call, picture = text.index("```python\n"), text.find(f"/_pictures/{page.stem}.png")
+    assert (picture > call) is (page.stem not in NO_PICTURE)
+    assert text.count("literalinclude") == 0 if picture < 0 else text.index("<details>") > picture
+    assert ("$$" in text) is (page.stem not in NO_EQUATION)
+    assert call < text.index("## Pitfalls") < text.index("## API")
+
+
+@pytest.mark.parametrize("page", BLOCKS, ids=relative)
+def test_a_block_page_begins_with_a_short_call_of_the_block(page):
+    code = re.search(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)[1]
+    assert 3 <= len([line for line in code.splitlines() if line]) <= 6
+    assert [name for name in described(page) if re.search(rf"\b{name}\(", code)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_code_is_at_most_92_columns_wide(page):
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert not [line for block in blocks for line in block.splitlines() if len(line) > 92]
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=relative)
@@ -78,9 +149,12 @@ def test_what_a_page_includes_and_links_to_exists(page):
             wanted = rf"^(def|class) {value}\b" if option == "pyobject" else re.escape(value)
             assert re.search(wanted, content.decode(), re.MULTILINE), (target, option, value)
         assert kind != "figure" or ":alt:" in options
+    site = f"{generate.URL}/blob/main/"
     for link in re.findall(r"\]\((?!https?://)([^)#\s]+)", text):
         target = page.parent / link
         assert target.exists() or EXAMPLES / "notebooks" / target.name in NOTEBOOKS, link
+    for link in re.findall(rf"\]\({site}([^)#\s]+)", text):
+        assert (ROOT / link).exists(), link
 
 
 def test_texts_and_examples_name_only_what_exists():
