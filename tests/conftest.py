@@ -1,8 +1,9 @@
-"""Shared by all tests: the hypothesis profiles, and the devices."""
+"""Shared by all tests: the hypothesis profiles, the marks, and the devices."""
 
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 import torch
@@ -17,7 +18,21 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic alg
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
+# By the file's place: what runs whole examples as a user does
+PIPELINE = re.compile(r"tests/(voc/|test_examples|test_docs)")
+NOT_UNIT = {"slow", "pipeline", "processes", "inductor"}
+
 collect_ignore = ["golden/make_crf.py"]  # a script that needs the extra crf-reference
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the pipeline's tests by their place, and as `unit` whatever has no other mark."""
+    for item in items:
+        if PIPELINE.search(item.path.as_posix()):
+            item.add_marker(pytest.mark.pipeline)
+        if not NOT_UNIT & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.unit)
 
 
 @pytest.fixture(scope="session", params=DEVICES)

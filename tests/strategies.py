@@ -9,6 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pixelss import pair_offsets
+
 Size = tuple[int, int]
 
 # (h, w) of the features, (H, W) of the image
@@ -33,11 +35,20 @@ class Batch(NamedTuple):
     raw: tuple[Tensor, ...]  # raw CAMs (B, N, *, *) of three sizes
     student: tuple[Tensor, ...]  # S normalised CAMs (B, N, H, W), some maps all zero
     teacher: tuple[Tensor, ...]  # R of them
+    images: Tensor  # (B, 3, H, W) uint8
+    probs: Tensor  # (B, K, H, W), sum 1
+    affinity: Tensor  # (B, O, h, w) of radius 3, noise outside the image too
+    pairs: Tensor  # (B, O, h, w), labels of all kinds
 
     @property
     def cam(self) -> Tensor:
         """One normalised CAM."""
         return self.student[0]
+
+    @property
+    def classes(self) -> int:
+        """N."""
+        return self.tags.shape[1]
 
 
 def make_batch(
@@ -81,6 +92,10 @@ def make_batch(
         raw=tuple(4 * uniform(B, N, *size) - 2 for size in ((h, w), (2 * h, 2 * w + 1), (H, W))),
         student=tuple(normalised() for _ in range(scales[0])),
         teacher=tuple(normalised() for _ in range(scales[1])),
+        images=torch.randint(0, 256, (B, 3, H, W), generator=g, dtype=torch.uint8),
+        probs=(4 * uniform(B, N + 1, H, W)).softmax(1),
+        affinity=0.01 + 0.98 * uniform(B, len(pair_offsets(3)), h, w),
+        pairs=torch.tensor([0, 1, 2, 255, 3, -1])[torch.randint(0, 6, (B, len(pair_offsets(3)), h, w), generator=g)],
     )
     return convert(batch, dtype)
 
@@ -95,14 +110,35 @@ def convert(batch: Batch, to: torch.dtype | str) -> Batch:
     return map_batch(lambda x: x.to(to) if isinstance(to, str) or x.is_floating_point() else x, batch)
 
 
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def make_maps(seed: int = 0, size: tuple[int, int] = (6, 7), images: int = 2) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    values = torch.tensor([0, 0, 1, 2, 2, 3, 255, -1])
+    return tuple(values[torch.randint(0, len(values), (images, *size), generator=g)] for _ in range(2))
+
+
+def make_pairs(
+    seed: int = 0, size: tuple[int, int] = (6, 7), images: int = 2, radius: int = 5, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Return affinities in [0, 1], noise outside the image too, and labels of all kinds."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (images, len(pair_offsets(radius)), *size)
+    labels = torch.tensor([0, 1, 2, 255, 3, -1])[torch.randint(0, 6, shape, generator=g)]
+    return (0.01 + 0.98 * torch.rand(shape, generator=g, dtype=torch.float64)).to(dtype), labels
+
+
 sides = st.integers(1, 9)
 image_sizes = st.tuples(sides, sides)
 
 
 @st.composite
-def batches(draw: st.DrawFn, **fixed: object) -> Batch:
+def batches(draw: st.DrawFn, *, side: int = 9, **fixed: object) -> Batch:
     """Draw a batch: feature and image sizes equal, smaller or larger, odd or 1; few images and classes."""
-    image_size = draw(image_sizes)
+    sides = st.integers(1, side)
+    image_size = draw(st.tuples(sides, sides))
     drawn = {
         "images": draw(st.integers(1, 3)),
         "classes": draw(st.integers(1, 4)),

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_processes
-from strategies import make_batch
 from torch import Tensor
 
 from pixelss import PrototypeBank, regional_contrastive_loss
 from pixelss._distributed import sum_over_processes
+from tests.distributed import run_processes
+from tests.strategies import make_batch
 
 SHARES = [(3, 2), (1, 4), (5, 0), (0, 5)]  # images of a batch of five on each of two processes
 STEPS = [make_batch(seed, images=5, dtype=torch.float32) for seed in range(3)]
@@ -50,6 +50,7 @@ def results() -> list[dict[str, list[Tensor]]]:
     return run_processes(one_of_two, 2)
 
 
+@pytest.mark.processes
 def test_sum_over_processes(results):
     for rank, result in enumerate(results):
         total, own = result["sum"]
@@ -68,6 +69,7 @@ def test_sum_of_one_process_is_its_own(tmp_path):
     assert sum_over_processes(x) is x  # the group is looked up each time
 
 
+@pytest.mark.processes
 def test_bank_of_two_processes_equals_one_of_all_images(results):
     whole = bank_after((5,), 0)
     assert whole.filled.all()
@@ -77,6 +79,7 @@ def test_bank_of_two_processes_equals_one_of_all_images(results):
             assert torch.equal(filled, whole.filled)
 
 
+@pytest.mark.processes
 def test_summed_loss_over_the_global_count_equals_one_process(results):
     prototypes = STEPS[0].prototypes.clone().requires_grad_()
     loss = regional_contrastive_loss(*STEPS[0][:2], prototypes)
@@ -87,6 +90,7 @@ def test_summed_loss_over_the_global_count_equals_one_process(results):
             torch.testing.assert_close(gradient, prototypes.grad)
 
 
+@pytest.mark.processes
 def test_a_loss_does_not_communicate(results):
     (alone,) = results[0]["alone"]
     assert torch.equal(alone, regional_contrastive_loss(*STEPS[0][:2], STEPS[0].prototypes))

@@ -12,13 +12,49 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from distributed import run_processes
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 
 from pixelss.metrics import ConfusionMatrix, SegmentationScores, ThresholdSweep
+from tests.blocks import Block
+from tests.distributed import run_processes
+from tests.strategies import Batch
+
+SIGNATURES = {
+    "ConfusionMatrix": "(num_classes, *, ignore_index=255)",
+    "SegmentationScores": "(miou, iou, precision, recall)",
+    "SweepScores": "(thresholds, miou, precision, recall, best)",
+    "ThresholdSweep": "(num_classes, *, thresholds=None, ignore_index=255)",
+}
+
+
+def confusion(b: Batch, metric: ConfusionMatrix) -> Tensor:
+    target = b.mask.where((b.mask >= 0) & (b.mask <= b.classes), 0)
+    metric.reset()
+    metric.update(target.flip(-1), target)
+    return metric.counts.clone()
+
+
+def swept(b: Batch, metric: ThresholdSweep) -> Tensor:
+    metric.reset()
+    metric.update(b.cam, b.mask.where((b.mask >= 0) & (b.mask <= b.classes), 0))
+    return metric.histogram.clone()
+
+
+WAITS = "raises on bad values, as nobody waits for a metric"
+
+BLOCKS = {
+    "ConfusionMatrix": Block(
+        confusion, make=lambda b: ConfusionMatrix(b.classes + 1), but=dict.fromkeys(("compile", "no wait"), WAITS)
+    ),
+    "ThresholdSweep": Block(
+        swept,
+        make=lambda b: ThresholdSweep(b.classes, thresholds=[0.0, 0.2, 0.4]),
+        but=dict.fromkeys(("compile", "no wait", "finite"), WAITS),
+    ),
+}
 
 VOID = 255
 THRESHOLDS = [0.0, 0.1, 0.2, 0.29, 0.7, 0.99]
@@ -398,6 +434,7 @@ def score_shards(rank: int, bounds: list[int]) -> list[list[tuple]]:
     return [score_data_set(slice(0, bound) if rank == 0 else slice(bound, None)) for bound in bounds]
 
 
+@pytest.mark.processes
 def test_two_processes_with_uneven_and_empty_shards_equal_one() -> None:
     bounds = [1, 3, 5]
     expected = [score_data_set(slice(None)) for _ in bounds]
@@ -412,6 +449,7 @@ def fail_on_rank_1(rank: int) -> int:
     return rank
 
 
+@pytest.mark.processes
 def test_run_processes_raises_what_a_process_raises() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)rank 1:.*reached rank 1"):
         run_processes(fail_on_rank_1, 2)

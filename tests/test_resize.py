@@ -1,24 +1,15 @@
 from __future__ import annotations
 
-import oracles
 import pytest
 import torch
 from hypothesis import given
-from strategies import SIZES, image_sizes
-from torch.nn import functional
 
-from pixelss._dtype import promote
 from pixelss._resize import resize, resize_matrix
+from tests import oracles
+from tests.oracles import interpolate
+from tests.strategies import SIZES, image_sizes, noise
 
 pairs = pytest.mark.parametrize(("source", "target"), SIZES.values(), ids=SIZES)
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
-
-
-def interpolate(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return functional.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 @pairs
@@ -78,10 +69,3 @@ def test_half_precision_is_resized_in_float32(half):
         actual = resize(x, (7, 9))
     assert actual.dtype == torch.float32
     assert torch.equal(actual, resize(x.float(), (7, 9)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_promote(dtype):
-    x = noise(3, dtype=dtype)
-    assert promote(x).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert (promote(x) is x) == (dtype in oracles.TOLERANCE)

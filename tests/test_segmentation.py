@@ -1,152 +1,98 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise, product
 
-import oracles
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from oracles import assert_matches, convolution, value_and_grads
-from strategies import SIZES, Batch, batches, image_sizes, make_batch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixelss import LargeFOV, multi_scale_cross_entropy, multi_scale_inference, resnet38
+from tests import oracles
+from tests.blocks import Block
+from tests.oracles import assert_matches, bilinear, interpolate, value_and_grads
+from tests.strategies import image_sizes, make_batch, noise
+
+SIGNATURES = {
+    "LargeFOV": "(in_channels, num_classes, *, norm=False)",
+    "multi_scale_inference": "(model, images, *, scales=(0.5, 0.75, 1.0, 1.25, 1.5), flip=True, tile=1024)",
+}
+
+BLOCKS = {
+    "LargeFOV": Block(
+        lambda b, head: head(b.features),
+        make=lambda b: LargeFOV(b.features.shape[1], b.classes),
+        but={"half": "convolutions run in the user's precision"},
+    ),
+    "LargeFOV norm": Block(
+        lambda b, head: head(b.features),
+        make=lambda b: LargeFOV(b.features.shape[1], b.classes, norm=True).eval(),
+        but={"half": "convolutions run in the user's precision"},
+    ),
+    "multi_scale_inference": Block(
+        lambda b, network: multi_scale_inference(network, b.probs[:, :2], scales=(0.5, 1.3), tile=7),
+        lambda b, network: multi_scale_inference_by_loops(network, b.probs[:, :2].detach(), (0.5, 1.3), True, 7),
+        make=lambda b: nn.Conv2d(2, 3, 3, 2, 1).requires_grad_(False),
+        but={"half": "its network runs in the user's precision", "gradient": "inference: none"},
+    ),
+}
 
 halves = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 both = pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-seeds = st.integers(0, 2**32 - 1)
 
 
-def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def window_starts(length: int, side: int) -> list[int]:
+    """The fewest evenly spread windows of which neighbours share a third."""
+    for steps in range(length):
+        starts = [math.floor(i * (length - side) / max(steps, 1)) for i in range(steps + 1)]
+        gaps = [b - a for a, b in pairwise(starts)]
+        if starts[-1] == length - side and all(side - gap >= side // 3 for gap in gaps):
+            return starts
+    raise AssertionError
 
 
-def interpolate(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return functional.interpolate(x, size, mode="bilinear", align_corners=False)
+def multi_scale_inference_by_loops(
+    model: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float], flip: bool, tile: int
+) -> Tensor:
+    """Mean over scales, flips and images of the logits, each a mean over windows by the distance to an edge."""
+    results = []
+    for image, scale, mirrored in product(images, scales, [False, True][: 1 + flip]):
+        sides = [
+            n if math.floor(n * scale + 0.5) <= tile else max(1, math.floor(tile / scale)) for n in image.shape[1:]
+        ]
+        total, weights = 0, torch.zeros(image.shape[1:]).to(image)
+        for corner in product(*(window_starts(n, side) for n, side in zip(image.shape[1:], sides, strict=True))):
+            (y, x), (h, w) = corner, sides
+            crop = image[None, :, y : y + h, x : x + w]
+            scaled = bilinear(crop, [min(tile, max(1, math.floor(side * scale + 0.5))) for side in sides])
+            logits = bilinear(model(scaled.flip(-1)), sides).flip(-1) if mirrored else bilinear(model(scaled), sides)
+            total = total if weights.any() else torch.zeros(logits.shape[1], *image.shape[1:]).to(logits)
+            for i, j in product(range(h), range(w)):
+                weight = min(i + 1, h - i) * min(j + 1, w - j)
+                total[:, y + i, x + j] += weight * logits[0, :, i, j]
+                weights[y + i, x + j] += weight
+        results.append(total / weights)
+    return torch.stack(results).unflatten(0, (len(images), -1)).mean(1)
 
 
-# multi_scale_cross_entropy
-
-
-def loss_of(batch: Batch, **settings: int) -> list[Tensor]:
-    *raw, mask = *batch.raw, batch.mask
-    return value_and_grads(lambda *logits: multi_scale_cross_entropy(logits, mask, **settings), *raw)
-
-
-@pytest.mark.parametrize(("low", "high"), SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("scales", [1, 2, 3])
-@pytest.mark.parametrize("dtype", oracles.TOLERANCE, ids=str)
-def test_loss_equals_the_loop(low, high, scales, dtype, device):
-    batch = make_batch(feature_size=low, image_size=high)
-    assert_matches(
-        lambda *x: multi_scale_cross_entropy(x[:-1], x[-1]),
-        lambda *x: oracles.multi_scale_cross_entropy(x[:-1], x[-1]),
-        *batch.raw[:scales],
-        batch.mask,
-        dtype=dtype,
-        device=device,
-    )
-
-
-@given(batch=batches(), void=st.sampled_from([0, 1, -1, 255]))
-def test_any_loss_equals_the_loop(batch, void):
-    actual = multi_scale_cross_entropy(batch.raw, batch.mask, ignore_index=void)
-    torch.testing.assert_close(actual, oracles.multi_scale_cross_entropy(batch.raw, batch.mask, void))
-
-
-@given(batch=batches())
-def test_a_single_scale_is_cross_entropy(batch):
-    mask = batch.mask.where((batch.mask >= 0) & (batch.mask < batch.raw[0].shape[1]), 255)
-    mask[0, 0, 0] = 0
-    for logits in batch.raw:
-        resized = interpolate(logits, mask.shape[1:])
-        expected = functional.cross_entropy(resized, mask, ignore_index=255)
-        torch.testing.assert_close(multi_scale_cross_entropy([logits], mask), expected)
-
-
-def test_the_loss_of_the_recipe():
-    mask = torch.randint(0, 21, (2, 33, 33), generator=torch.Generator().manual_seed(0))
-    logits = [noise(2, 21, side, side, seed=side) for side in (5, 4, 3)]
-    one, three_quarters, half = (interpolate(x, (33, 33)) for x in logits)
-    largest = torch.maximum(torch.maximum(one, three_quarters), half)
-    expected = sum(functional.cross_entropy(x, mask) for x in (one, three_quarters, half, largest))
-    torch.testing.assert_close(multi_scale_cross_entropy(logits, mask), expected)
-
-
-def test_loss_gradcheck():
-    batch = make_batch(feature_size=(2, 3), image_size=(3, 4), images=1)
-    logits = [x.requires_grad_() for x in batch.raw]
-    assert torch.autograd.gradcheck(lambda *x: multi_scale_cross_entropy(x, batch.mask), logits)
-
-
-@given(batch=batches(), seed=seeds)
-def test_void_pixels_have_no_influence(batch, seed):
-    K = batch.raw[0].shape[1]
-    void = (batch.mask < 0) | (batch.mask >= K)
-    logits = [noise(len(void), K, *void.shape[1:], seed=seed + i) for i in range(2)]
-    others = [x + 1e3 * noise(*x.shape, seed=seed) * void[:, None] for x in logits]
-    expected = value_and_grads(lambda *x: multi_scale_cross_entropy(x, batch.mask), *logits)
-    actual = value_and_grads(lambda *x: multi_scale_cross_entropy(x, batch.mask), *others)
-    torch.testing.assert_close(actual, expected)
-    assert not any(gradient.abs().sum(1)[void].any() for gradient in actual[1:])
-
-
-@given(batch=batches(), value=st.sampled_from([-(2**40), -100, -1, 200, 255, 2**40]))
-def test_every_value_out_of_range_is_void(batch, value):
-    K = batch.raw[0].shape[1]
-    mask = batch.mask.where((batch.mask >= 0) & (batch.mask < K), value)
-    actual, expected = loss_of(batch._replace(mask=mask)), loss_of(batch)
-    assert all(map(torch.equal, actual, expected))
-
-
-@given(data=st.data(), batch=batches())
-def test_permuting_classes_permutes_the_gradient(data, batch):
-    K = batch.raw[0].shape[1]
-    order = torch.tensor(data.draw(st.permutations(range(K))))
-    inside = (batch.mask >= 0) & (batch.mask < K)
-    mask = order.argsort()[batch.mask.clamp(0, K - 1)].where(inside, 255)
-    value, *gradients = loss_of(batch._replace(mask=mask, raw=tuple(x[:, order] for x in batch.raw)))
-    expected, *reference = loss_of(batch)
-    torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(gradients, [x[:, order] for x in reference])
-
-
-@given(batch=batches())
-def test_the_order_of_scales_does_not_matter(batch):
-    actual, expected = loss_of(batch._replace(raw=batch.raw[::-1])), loss_of(batch)
-    torch.testing.assert_close([actual[0], *actual[:0:-1]], expected)
-
-
-@pytest.mark.parametrize("scales", [1, 2, 5])
-def test_logits_that_do_not_know_give_log_k_a_term(scales):
-    logits = [torch.full((1, 7, side, 2), 3.0) for side in range(1, scales + 1)]
-    terms = 1 if scales == 1 else scales + 1
-    loss = multi_scale_cross_entropy(logits, torch.arange(6).view(1, 2, 3))
-    assert loss.item() == pytest.approx(terms * math.log(7), rel=1e-6)
-
-
-@pytest.mark.parametrize("images", [0, 2])
-def test_a_void_or_empty_batch_gives_zero_on_the_graph(images):
-    logits = [torch.randn(images, 3, 4, 4, requires_grad=True) for _ in range(2)]
-    loss = multi_scale_cross_entropy(logits, torch.full((images, 8, 8), 255))
-    assert loss == 0
-    assert not loss.signbit()
-    loss.backward()
-    assert all(x.grad is not None and not x.grad.any() for x in logits)
-
-
-@halves
-def test_large_half_precision_logits_have_a_finite_loss(half, device):
-    logits = [1e4 * noise(2, 3, 4, 5).to(device, half) for _ in range(2)]
-    mask = make_batch(image_size=(9, 7)).mask[:2].to(device)
-    loss, *gradients = value_and_grads(lambda *x: multi_scale_cross_entropy(x, mask), *logits)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, multi_scale_cross_entropy([x.float() for x in logits], mask))
-    assert all(gradient.isfinite().all() for gradient in gradients)
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1) -> Tensor:
+    """A convolution that keeps the size: every output cell sums over the taps that lie inside."""
+    (h, w), (rows, columns) = x.shape[2:], weight.shape[2:]
+    cells = []
+    for i, j in product(range(h), range(w)):
+        cell = torch.zeros(len(x), len(weight)).to(x)
+        for r, c in product(range(rows), range(columns)):
+            u, v = i + dilation * (r - rows // 2), j + dilation * (c - columns // 2)
+            if 0 <= u < h and 0 <= v < w:
+                cell = cell + x[:, :, u, v] @ weight[:, :, r, c].T
+        cells.append(cell)
+    out = torch.stack(cells, -1).unflatten(-1, (h, w))
+    return out if bias is None else out + bias[:, None, None]
 
 
 # multi_scale_inference
@@ -170,9 +116,17 @@ def pointwise(x: Tensor) -> Tensor:
 
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5)
+
+
 IMAGES = [(1, 1), (1, 23), (19, 2), (7, 8), (13, 10)]
+
+
 shapes = pytest.mark.parametrize("size", IMAGES, ids=str)
+
+
 odd_sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+
+
 scale_factors = st.sampled_from([0.1, 0.3, 0.5, 0.75, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0])
 
 
@@ -183,7 +137,7 @@ scale_factors = st.sampled_from([0.1, 0.3, 0.5, 0.75, 1.0, 1.1, 1.25, 1.5, 2.0, 
 def test_inference_equals_the_loop(size, tile, stride, flip, device):
     model, images = Network(stride=stride), noise(2, 3, *size)
     with torch.no_grad():
-        expected = oracles.multi_scale_inference(model, images, (0.5, 1.0, 1.5), flip, tile)
+        expected = multi_scale_inference_by_loops(model, images, (0.5, 1.0, 1.5), flip, tile)
     settings = {"scales": (0.5, 1.0, 1.5), "flip": flip, "tile": tile}
     actual = multi_scale_inference(model.to(device), images.to(device), **settings)
     torch.testing.assert_close(actual.cpu(), expected, rtol=1e-10, atol=1e-10)
@@ -196,7 +150,7 @@ def test_inference_equals_the_loop(size, tile, stride, flip, device):
 def test_any_inference_equals_the_loop(size, tile, scale):
     images = noise(1, 3, *size)
     with torch.no_grad():
-        expected = oracles.multi_scale_inference(pointwise, images, (scale,), False, tile)
+        expected = multi_scale_inference_by_loops(pointwise, images, (scale,), False, tile)
     actual = multi_scale_inference(pointwise, images, scales=(scale,), flip=False, tile=tile)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
@@ -280,7 +234,7 @@ def test_windows_differ_from_the_whole_only_near_their_edges(size):
     away = torch.ones(size, dtype=torch.bool)
     for axis, length in enumerate(size):
         if length > tile:
-            for start in oracles.window_starts(length, tile):
+            for start in window_starts(length, tile):
                 for edge in {start, start + tile - 1} - {0, length - 1}:
                     away.select(axis, edge).fill_(False)
     torch.testing.assert_close(tiled[..., away], whole[..., away])
@@ -543,37 +497,8 @@ def test_compiled_head_equals_eager(norm, device):
 
 # refusals
 
+
 LOGITS = torch.rand(2, 3, 4, 5)
-MASK = torch.zeros(2, 8, 9, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error"),
-    [
-        ("logits", [], ValueError),
-        ("logits", LOGITS, TypeError),
-        ("logits", None, TypeError),
-        ("logits", [LOGITS[0]], ValueError),
-        ("logits", [LOGITS, None], TypeError),
-        ("logits", [LOGITS, LOGITS.long()], TypeError),
-        ("logits", [LOGITS, LOGITS[:, :2]], ValueError),
-        ("logits", [LOGITS, LOGITS[:1]], ValueError),
-        ("logits", [LOGITS[:, :, :0]], ValueError),
-        ("logits", [LOGITS, LOGITS.to("meta")], ValueError),
-        ("mask", MASK[0], ValueError),
-        ("mask", MASK[:1], ValueError),
-        ("mask", MASK[:, None], ValueError),
-        ("mask", MASK.float(), TypeError),
-        ("mask", MASK.bool(), TypeError),
-        ("mask", MASK.to("meta"), ValueError),
-        ("mask", None, TypeError),
-        ("ignore_index", 255.0, TypeError),
-        ("ignore_index", None, TypeError),
-    ],
-)
-def test_loss_refuses(name, value, error):
-    with pytest.raises(error, match=rf"\b{name}\b.* must .* but "):
-        multi_scale_cross_entropy(**{"logits": [LOGITS, LOGITS], "mask": MASK, name: value})
 
 
 def growing(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Regional contrastive loss (Eq. 4-5): pull every pixel to the prototype of its class, away from the others."""
+"""Regional contrastive loss (Yoon Eq. 4, Yoon Eq. 5): pull every pixel to its class's prototype, off the others."""
 
 from __future__ import annotations
 

@@ -9,13 +9,26 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from distributed import run_processes
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from pixelss.targets.teacher import EMATeacher
+from tests.blocks import Block
+from tests.distributed import run_processes
+
+SIGNATURES = {
+    "EMATeacher": "(student, momentum=0.997)",
+}
+
+BLOCKS = {
+    "EMATeacher": Block(
+        lambda b, teacher: teacher(b.features),
+        make=lambda b: EMATeacher(nn.Conv2d(b.features.shape[1], 2, 1)),
+        but={"half": "its network runs in the user's precision", "gradient": "a teacher carries none"},
+    ),
+}
 
 
 class Block(nn.Module):
@@ -284,6 +297,7 @@ def check_distributed(rank: int) -> Tensor:
     return torch.cat([p.flatten() for p in teacher.parameters()])
 
 
+@pytest.mark.processes
 def test_distributed_data_parallel() -> None:
     """Two processes that see different data keep the same teacher."""
     first, second = run_processes(check_distributed, 2)

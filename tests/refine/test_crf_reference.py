@@ -14,7 +14,9 @@ from torch.nn.functional import interpolate
 
 from pixelss import dense_crf
 
-VOC_MINI = Path(os.environ.get("PIXELSS_VOC_MINI", Path(__file__).parent.parent.parent / "shared/data/voc12-mini"))
+VOC_MINI = Path(
+    os.environ.get("PIXELSS_VOC_MINI", Path(__file__).parent.parent.parent.parent / "shared/data/voc12-mini")
+)
 PHOTOGRAPHS = VOC_MINI.parent / "voc12-native"
 
 

@@ -1,18 +1,74 @@
 from __future__ import annotations
 
+from itertools import product
 from math import inf, nan
 
-import oracles
 import pytest
 import torch
 from hypothesis import given
-from oracles import assert_matches
-from strategies import SIZES, Batch, batches, make_batch
+from torch import Tensor
 
 from pixelss import PrototypeBank, class_prototypes
+from tests import oracles
+from tests.blocks import Block
+from tests.oracles import (
+    assert_matches,
+    bilinear,
+    labelled,
+)
+from tests.strategies import SIZES, Batch, batches, make_batch
+
+SIGNATURES = {
+    "PrototypeBank": "(num_classes, dim=256, *, ignore_index=255)",
+    "class_prototypes": "(features, mask, num_classes, *, ignore_index=255)",
+}
+
+
+def updated(b: Batch, bank: PrototypeBank) -> Tensor:
+    bank.update(b.features, b.mask)
+    return bank.prototypes.clone()
+
+
+BLOCKS = {
+    "class_prototypes": Block(
+        lambda b: class_prototypes(b.features, b.mask, b.classes)[0],
+        lambda b: class_prototypes_by_loops(b.features, b.mask, b.classes)[0],
+        inductor=True,
+    ),
+    "PrototypeBank": Block(
+        updated,
+        make=lambda b: PrototypeBank(b.classes, b.features.shape[1]).float(),
+        but={"dtype": "the bank keeps its own", "gradient": "the bank carries none"},
+    ),
+}
 
 dtypes = pytest.mark.parametrize("dtype", oracles.TOLERANCE)
 sizes = pytest.mark.parametrize(("feature_size", "image_size"), SIZES.values(), ids=SIZES)
+
+
+def class_prototypes_by_loops(
+    features: Tensor, mask: Tensor, num_classes: int, ignore_index: int = 255
+) -> tuple[Tensor, Tensor]:
+    """Eq. 3 for one image: the mean feature over each class's region, and the region's pixels."""
+    B, D, K = *features.shape[:2], num_classes + 1
+    x = bilinear(features, mask.shape[1:])
+    regions = {(b, k): [] for b, k in product(range(B), range(K))}
+    for b, i, j, k in labelled(mask, num_classes, ignore_index):
+        regions[b, k].append(x[b, :, i, j])
+    means = [sum(region) / len(region) if region else torch.zeros(D).to(x) for region in regions.values()]
+    counts = [len(region) for region in regions.values()]
+    return torch.stack(means).view(B, K, D), torch.tensor(counts).view(B, K)
+
+
+def updated_bank(prototypes: Tensor, filled: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 3 over images: the mean over those that show the class; a class shown by none keeps its row."""
+    means, counts = class_prototypes_by_loops(features, mask, len(prototypes) - 1)
+    prototypes, filled = prototypes.clone(), filled.clone()
+    for k in range(len(prototypes)):
+        shown = [mean[k] for mean, count in zip(means, counts, strict=True) if count[k] > 0]
+        if shown:
+            prototypes[k], filled[k] = sum(shown) / len(shown), True
+    return prototypes, filled
 
 
 def bank_of(batch: Batch, *updates: Batch, **settings: int) -> PrototypeBank:
@@ -38,14 +94,14 @@ def test_prototypes_equal_the_loop(feature_size, image_size, dtype, device):
     batch = make_batch(feature_size=feature_size, image_size=image_size)
     assert_matches(
         lambda *inputs: class_prototypes(*inputs, 3)[0],
-        lambda *inputs: oracles.class_prototypes(*inputs, 3)[0],
+        lambda *inputs: class_prototypes_by_loops(*inputs, 3)[0],
         batch.features,
         batch.mask,
         dtype=dtype,
         device=device,
     )
     counts = class_prototypes(batch.features.to(device), batch.mask.to(device), 3)[1]
-    expected = oracles.class_prototypes(batch.features, batch.mask, 3)[1]
+    expected = class_prototypes_by_loops(batch.features, batch.mask, 3)[1]
     torch.testing.assert_close(counts.cpu(), expected, check_dtype=False)
 
 
@@ -53,7 +109,7 @@ def test_prototypes_equal_the_loop(feature_size, image_size, dtype, device):
 def test_any_index_can_be_void(ignore_index):
     batch = make_batch()
     actual = class_prototypes(batch.features, batch.mask, 3, ignore_index=ignore_index)
-    expected = oracles.class_prototypes(batch.features, batch.mask, 3, ignore_index)
+    expected = class_prototypes_by_loops(batch.features, batch.mask, 3, ignore_index)
     torch.testing.assert_close(actual, expected, check_dtype=False)
 
 
@@ -111,7 +167,7 @@ def test_bank_equals_the_loop_over_updates(feature_size, image_size, dtype, devi
     filled = torch.zeros(len(prototypes), dtype=torch.bool)
     for step in steps:
         bank.update(step.features.to(device), step.mask.to(device))
-        prototypes, filled = oracles.updated_bank(prototypes, filled, step.features.double(), step.mask)
+        prototypes, filled = updated_bank(prototypes, filled, step.features.double(), step.mask)
         tolerance = oracles.TOLERANCE[dtype]
         torch.testing.assert_close(bank.prototypes.cpu().double(), prototypes, rtol=tolerance, atol=tolerance)
         assert torch.equal(bank.filled.cpu(), filled)
@@ -230,8 +286,12 @@ def test_bank_repr_shows_its_settings():
 
 # refusals
 
+
 FEATURES = torch.rand(2, 4, 3, 3)
+
+
 MASK = torch.zeros(2, 5, 6, dtype=torch.int64)
+
 
 BAD = [
     ("features", FEATURES[0], ValueError),

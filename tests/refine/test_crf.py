@@ -13,10 +13,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pixelss import DenseCRF, PermutohedralLattice, background_score, dense_crf, label_probs
+from pixelss import DenseCRF, PermutohedralLattice, background_score, dense_crf
+from tests.blocks import Block
+from tests.test_lattice import slow_lattice
+
+SIGNATURES = {
+    "DenseCRF": "(*, iterations=10, gaussian=(3.0, 3.0), bilateral=(80.0, 13.0, 10.0))",
+    "dense_crf": "(images, probs, *, iterations=10, gaussian=(3.0, 3.0), bilateral=(80.0, 13.0, 10.0))",
+}
+
+WAITS = "checks the probabilities and builds lattices, whose number of cells decides a shape"
+
+BLOCKS = {
+    "dense_crf": Block(lambda b: dense_crf(b.images, b.probs), but=dict.fromkeys(("compile", "no wait"), WAITS)),
+    "DenseCRF": Block(lambda b: DenseCRF()(b.images, b.probs)),
+}
 
 # Outputs of the C++ code, written by golden/make_crf.py; the variable names another such file.
-GOLDEN = Path(os.environ.get("PIXELSS_CRF_GOLDEN", Path(__file__).parent / "golden" / "crf.npz"))
+GOLDEN = Path(os.environ.get("PIXELSS_CRF_GOLDEN", Path(__file__).parent.parent / "golden" / "crf.npz"))
 
 
 def make(
@@ -33,14 +47,22 @@ def normalised(probs: Tensor) -> Tensor:
 
 
 seeds = st.integers(0, 10_000)
+
+
 inputs = st.builds(make, seeds, B=st.integers(1, 3), K=st.integers(1, 4), H=st.integers(1, 6), W=st.integers(1, 6))
+
+
 KERNELS = [
     {},
     {"gaussian": None},
     {"bilateral": None},
     {"gaussian": (1.5, 2), "bilateral": (5.0, 30.0, 4.0)},
 ]
+
+
 kernels = pytest.mark.parametrize("kernels", KERNELS, ids=str)
+
+
 any_kernels = st.sampled_from(KERNELS)
 
 
@@ -63,110 +85,6 @@ def test_equals_the_c_code(key, settings, device):
         images, probs, expected = (torch.from_numpy(data[name]) for name in ("img", "p", key))
     actual = dense_crf(images.permute(2, 0, 1)[None].to(device), probs[None].to(device), **settings)
     torch.testing.assert_close(actual[0].cpu(), expected, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize(("labels", "shift", "N"), [("lab", 0, 3), ("lab_unsure", 1, 4)])
-def test_label_probs_equal_the_c_code(labels, shift, N):
-    with np.load(GOLDEN) as data:
-        values = torch.from_numpy(data[labels]) - shift  # "unsure" is -1: out of range
-        expected = torch.from_numpy(data[f"unary_from_labels{'_unsure' * shift}_gt0.7"])
-    torch.testing.assert_close(-label_probs(values[None], N)[0].log(), expected)
-
-
-# the lattice
-
-
-def slow_lattice(features: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The paper, section 3, one point and one corner at a time; corners are full (d + 1)-tuples in a dict."""
-    d = features.shape[1]
-    elevation = np.zeros((d + 1, d))
-    for j in range(d):
-        elevation[: j + 1, j], elevation[j + 1, j] = 1, -(j + 1)
-        elevation[:, j] *= np.sqrt(2 / 3) * (d + 1) / np.sqrt((j + 1) * (j + 2))
-    corners, cells = [], {}
-    for point, value in zip(features @ elevation.T, values, strict=True):
-        below = np.floor(point / (d + 1)) * (d + 1)
-        nearest = np.where(point - below > (d + 1) / 2, below + d + 1, below)
-        order = np.argsort(-(point - nearest), kind="stable")
-        excess = round(nearest.sum() / (d + 1))
-        if excess > 0:
-            nearest[order[d + 1 - excess :]] -= d + 1
-        elif excess < 0:
-            nearest[order[:-excess]] += d + 1
-        order = np.roll(order, excess)
-        vertices = []
-        for r in range(d + 1):
-            vertex = nearest + r
-            vertex[order[d + 1 - r :]] -= d + 1
-            vertices.append(vertex)
-        system = np.vstack([np.array(vertices).T, np.ones(d + 1)])
-        weights = np.linalg.lstsq(system, np.append(point, 1), rcond=None)[0]
-        assert weights.min() > -1e-9
-        keys = [tuple(vertex.round().astype(int)) for vertex in vertices]
-        corners.append(list(zip(keys, weights, strict=True)))
-        for key, weight in corners[-1]:
-            cells[key] = cells.get(key, 0) + weight * value
-    for axis in range(d + 1):
-        step = np.full(d + 1, -1)
-        step[axis] = d
-        cells = {
-            key: cell + sum(cells.get(tuple(np.array(key) + sign * step), 0) for sign in (1, -1)) / 2
-            for key, cell in cells.items()
-        }
-    return np.array([sum(w * cells[key] for key, w in point) for point in corners]) / (1 + 2.0**-d)
-
-
-@pytest.mark.parametrize("d", [1, 2, 3, 5])
-@pytest.mark.parametrize("spread", [0.1, 1.0, 30.0])
-def test_lattice_equals_the_slow_one(d, spread, device):
-    g = torch.Generator().manual_seed(d)
-    features = spread * torch.randn(40, d, generator=g, dtype=torch.float64)
-    values = torch.rand(40, 3, generator=g, dtype=torch.float64)
-    expected = torch.from_numpy(slow_lattice(features.numpy(), values.numpy()))
-    actual = PermutohedralLattice(features.to(device)).filter(values.to(device))
-    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-9, atol=1e-9)
-    actual = PermutohedralLattice(features.float().to(device)).filter(values.float().to(device))
-    torch.testing.assert_close(actual.cpu(), expected.float(), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("d", [2, 5])
-def test_lattice_is_near_the_gaussian(d):
-    g = torch.Generator().manual_seed(0)
-    features = torch.rand(400, d, generator=g) * torch.tensor([4.0, 4.0, 1.0, 1.0, 1.0])[:d]
-    values = features.sin()
-    gaussian = (-torch.cdist(features, features).square() / 2).exp()
-    expected = gaussian @ values / gaussian.sum(1, keepdim=True)
-    lattice = PermutohedralLattice(features)
-    actual = lattice.filter(values) / lattice.filter(torch.ones(400, 1))
-    error = (actual - expected).square().mean().sqrt()
-    assert error < 0.06
-    assert error < 0.25 * (values - expected).square().mean().sqrt()  # values left alone are not near
-
-
-@pytest.mark.parametrize("d", [2, 5])
-def test_lattice_gradcheck(d):
-    lattice = PermutohedralLattice(torch.randn(7, d, dtype=torch.float64))
-    values = torch.rand(7, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lattice.filter, values)
-    assert torch.autograd.gradgradcheck(lambda x: lattice.filter(x).square(), values)
-
-
-@given(seed=seeds, d=st.integers(1, 5), factor=st.floats(-3, 3, allow_subnormal=False))
-def test_lattice_is_linear_and_positive(seed, d, factor):
-    g = torch.Generator().manual_seed(seed)
-    lattice = PermutohedralLattice(3 * torch.randn(20, d, generator=g))
-    one, two = torch.rand(2, 20, 2, generator=g, dtype=torch.float64)
-    torch.testing.assert_close(
-        lattice.filter(one + factor * two), lattice.filter(one) + factor * lattice.filter(two), rtol=1e-6, atol=1e-6
-    )
-    assert (lattice.filter(one) >= 0).all()
-
-
-def test_lattice_of_far_points_does_not_mix():
-    lattice = PermutohedralLattice(torch.tensor([[0.1, 0.2], [5000.0, -5000.0]]))
-    mixed = lattice.filter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    assert mixed[0, 1] == mixed[1, 0] == 0
-    assert mixed[0, 0] > 0
 
 
 # mean field
@@ -350,52 +268,6 @@ def test_module_equals_the_function(settings):
     assert module.state_dict() == {}
 
 
-# inputs of the CRF
-
-
-@given(
-    data=st.data(),
-    N=st.integers(1, 4),
-    gt_prob=st.floats(0, 1, allow_subnormal=False),
-    ignore_index=st.sampled_from([255, 0, 2, -1]),
-)
-def test_label_probs_equal_the_loop(data, N, gt_prob, ignore_index):
-    values = data.draw(st.lists(st.sampled_from([-1, *range(N + 3), 255]), min_size=12, max_size=12))
-    mask = torch.tensor(values).view(2, 2, 3)
-    actual = label_probs(mask, N, gt_prob=gt_prob, ignore_index=ignore_index)
-    for b, y, x, k in product(range(2), range(2), range(3), range(N + 1)):
-        label = mask[b, y, x].item()
-        expected = gt_prob if label == k else (1 - gt_prob) / N
-        if label == ignore_index or not 0 <= label <= N:
-            expected = 1 / (N + 1)
-        assert actual[b, k, y, x].item() == pytest.approx(expected, abs=1e-6)
-    assert actual.shape == (2, N + 1, 2, 3)
-    assert actual.dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
-def test_label_probs_of_any_integer_dtype(dtype, device):
-    mask = torch.tensor([[[0, 1, 2, 7, 255]]], device=device)
-    assert torch.equal(label_probs(mask.to(dtype), 2), label_probs(mask, 2))
-
-
-@given(seed=seeds, alpha=st.floats(0.5, 32, allow_subnormal=False))
-def test_background_score_equals_the_loop(seed, alpha):
-    cam = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    score = background_score(cam, alpha=alpha)
-    assert score.shape == (2, 1, 4, 5)
-    for b, y, x in product(range(2), range(4), range(5)):
-        expected = (1 - max(cam[b, k, y, x].item() for k in range(3))) ** alpha
-        assert score[b, 0, y, x].item() == pytest.approx(expected)
-
-
-def test_background_score_at_the_ends():
-    cam = torch.tensor([[0.0, 1.0, nan, inf, -inf, 1 + 1e-6], [0.0, 0.5, 0.5, 0.5, 0.0, 0.0]]).view(1, 2, 1, 6)
-    score = background_score(cam, alpha=2.5).flatten()
-    torch.testing.assert_close(score, torch.tensor([1.0, 0.0, 0.5**2.5, 0.5**2.5, 1.0, 0.0]))
-    assert background_score(cam.half(), alpha=4).dtype == torch.float32
-
-
 def test_a_cam_becomes_a_crf_input():
     images, cam = make(dtype=torch.float32)
     probs = torch.cat([background_score(cam, alpha=4), cam], dim=1)
@@ -404,7 +276,10 @@ def test_a_cam_becomes_a_crf_input():
 
 # refusals
 
+
 IMAGES, PROBS = make(B=2, dtype=torch.float32)
+
+
 BAD_SETTINGS = [
     ("iterations", -1, ValueError),
     ("iterations", 1.0, TypeError),
@@ -455,70 +330,3 @@ def test_module_refuses(name, value, error):
 def test_a_scale_too_small_for_the_lattice_is_refused():
     with pytest.raises(ValueError, match=re.escape("(sxy, srgb)")):
         dense_crf(IMAGES, PROBS, bilateral=(1e-3, 1e-3, 10.0))
-
-
-@pytest.mark.parametrize(
-    ("features", "error"),
-    [
-        (torch.rand(4), ValueError),
-        (torch.rand(0, 2), ValueError),
-        (torch.rand(4, 0), ValueError),
-        (torch.zeros(4, 2, dtype=torch.int64), TypeError),
-        (torch.tensor([[0.0, nan]]), ValueError),
-        (torch.tensor([[0.0, inf]]), ValueError),
-        (1e8 * torch.rand(4, 5), ValueError),
-        (torch.tensor([[1e38, -1e38]]), ValueError),
-        ([[0.0]], TypeError),
-    ],
-    ids=range(9),
-)
-def test_lattice_refuses_features(features, error):
-    with pytest.raises(error, match=r"\bfeatures\b"):
-        PermutohedralLattice(features)
-
-
-@pytest.mark.parametrize(
-    ("values", "error"),
-    [
-        (torch.rand(4), ValueError),
-        (torch.rand(3, 2), ValueError),
-        (torch.zeros(4, 2, dtype=torch.int64), TypeError),
-        (torch.rand(4, 2, device="meta"), ValueError),
-    ],
-    ids=range(4),
-)
-def test_lattice_refuses_values(values, error):
-    with pytest.raises(error, match=r"\bvalues\b"):
-        PermutohedralLattice(torch.rand(4, 2)).filter(values)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error"),
-    [
-        ("mask", torch.zeros(2, 2, dtype=torch.int64), ValueError),
-        ("mask", torch.zeros(1, 2, 2), TypeError),
-        ("num_classes", 0, ValueError),
-        ("num_classes", 2.0, TypeError),
-        ("gt_prob", 1.5, ValueError),
-        ("gt_prob", nan, ValueError),
-        ("ignore_index", "255", TypeError),
-    ],
-)
-def test_label_probs_refuses(name, value, error):
-    with pytest.raises(error, match=rf"\b{name}\b"):
-        label_probs(**{"mask": torch.zeros(1, 2, 2, dtype=torch.int64), "num_classes": 3, name: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error"),
-    [
-        ("cam", torch.rand(3, 4, 5), ValueError),
-        ("cam", torch.zeros(1, 3, 4, 5, dtype=torch.uint8), TypeError),
-        ("alpha", -1, ValueError),
-        ("alpha", nan, ValueError),
-        ("alpha", "4", TypeError),
-    ],
-)
-def test_background_score_refuses(name, value, error):
-    with pytest.raises(error, match=rf"\b{name}\b"):
-        background_score(**{"cam": torch.rand(1, 3, 4, 5), "alpha": 4, name: value})

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from pixelss import multi_scale_cross_entropy
+from tests import oracles
+from tests.blocks import Block
+from tests.oracles import assert_matches, bilinear, interpolate, labelled, value_and_grads
+from tests.strategies import SIZES, Batch, batches, make_batch, noise
+
+SIGNATURES = {
+    "multi_scale_cross_entropy": "(logits, mask, *, ignore_index=255)",
+}
+
+BLOCKS = {
+    "multi_scale_cross_entropy": Block(
+        lambda b: multi_scale_cross_entropy(b.raw, b.mask),
+        lambda b: multi_scale_cross_entropy_by_loops(b.raw, b.mask),
+        but={"finite": "takes logits, which must be finite"},
+    ),
+}
+
+halves = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def multi_scale_cross_entropy_by_loops(logits: Sequence[Tensor], mask: Tensor, ignore_index: int = 255) -> Tensor:
+    """CE of every scale, and of the largest logits of all where there are several: means over valid pixels, summed."""
+    maps = [bilinear(one, mask.shape[1:]) for one in logits]
+    if len(maps) > 1:
+        maps.append(functools.reduce(torch.maximum, maps))
+    total = sum(one.sum() for one in maps) * 0
+    valid = list(labelled(mask, maps[0].shape[1] - 1, ignore_index))
+    for one, (b, i, j, k) in product(maps, valid):
+        total = total - torch.log(torch.exp(one[b, k, i, j]) / torch.exp(one[b, :, i, j]).sum()) / len(valid)
+    return total
+
+
+def loss_of(batch: Batch, **settings: int) -> list[Tensor]:
+    *raw, mask = *batch.raw, batch.mask
+    return value_and_grads(lambda *logits: multi_scale_cross_entropy(logits, mask, **settings), *raw)
+
+
+@pytest.mark.parametrize(("low", "high"), SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("scales", [1, 2, 3])
+@pytest.mark.parametrize("dtype", oracles.TOLERANCE, ids=str)
+def test_loss_equals_the_loop(low, high, scales, dtype, device):
+    batch = make_batch(feature_size=low, image_size=high)
+    assert_matches(
+        lambda *x: multi_scale_cross_entropy(x[:-1], x[-1]),
+        lambda *x: multi_scale_cross_entropy_by_loops(x[:-1], x[-1]),
+        *batch.raw[:scales],
+        batch.mask,
+        dtype=dtype,
+        device=device,
+    )
+
+
+@given(batch=batches(), void=st.sampled_from([0, 1, -1, 255]))
+def test_any_loss_equals_the_loop(batch, void):
+    actual = multi_scale_cross_entropy(batch.raw, batch.mask, ignore_index=void)
+    torch.testing.assert_close(actual, multi_scale_cross_entropy_by_loops(batch.raw, batch.mask, void))
+
+
+@given(batch=batches())
+def test_a_single_scale_is_cross_entropy(batch):
+    mask = batch.mask.where((batch.mask >= 0) & (batch.mask < batch.raw[0].shape[1]), 255)
+    mask[0, 0, 0] = 0
+    for logits in batch.raw:
+        resized = interpolate(logits, mask.shape[1:])
+        expected = functional.cross_entropy(resized, mask, ignore_index=255)
+        torch.testing.assert_close(multi_scale_cross_entropy([logits], mask), expected)
+
+
+def test_the_loss_of_the_recipe():
+    mask = torch.randint(0, 21, (2, 33, 33), generator=torch.Generator().manual_seed(0))
+    logits = [noise(2, 21, side, side, seed=side) for side in (5, 4, 3)]
+    one, three_quarters, half = (interpolate(x, (33, 33)) for x in logits)
+    largest = torch.maximum(torch.maximum(one, three_quarters), half)
+    expected = sum(functional.cross_entropy(x, mask) for x in (one, three_quarters, half, largest))
+    torch.testing.assert_close(multi_scale_cross_entropy(logits, mask), expected)
+
+
+def test_loss_gradcheck():
+    batch = make_batch(feature_size=(2, 3), image_size=(3, 4), images=1)
+    logits = [x.requires_grad_() for x in batch.raw]
+    assert torch.autograd.gradcheck(lambda *x: multi_scale_cross_entropy(x, batch.mask), logits)
+
+
+@given(batch=batches(), seed=seeds)
+def test_void_pixels_have_no_influence(batch, seed):
+    K = batch.raw[0].shape[1]
+    void = (batch.mask < 0) | (batch.mask >= K)
+    logits = [noise(len(void), K, *void.shape[1:], seed=seed + i) for i in range(2)]
+    others = [x + 1e3 * noise(*x.shape, seed=seed) * void[:, None] for x in logits]
+    expected = value_and_grads(lambda *x: multi_scale_cross_entropy(x, batch.mask), *logits)
+    actual = value_and_grads(lambda *x: multi_scale_cross_entropy(x, batch.mask), *others)
+    torch.testing.assert_close(actual, expected)
+    assert not any(gradient.abs().sum(1)[void].any() for gradient in actual[1:])
+
+
+@given(batch=batches(), value=st.sampled_from([-(2**40), -100, -1, 200, 255, 2**40]))
+def test_every_value_out_of_range_is_void(batch, value):
+    K = batch.raw[0].shape[1]
+    mask = batch.mask.where((batch.mask >= 0) & (batch.mask < K), value)
+    actual, expected = loss_of(batch._replace(mask=mask)), loss_of(batch)
+    assert all(map(torch.equal, actual, expected))
+
+
+@given(data=st.data(), batch=batches())
+def test_permuting_classes_permutes_the_gradient(data, batch):
+    K = batch.raw[0].shape[1]
+    order = torch.tensor(data.draw(st.permutations(range(K))))
+    inside = (batch.mask >= 0) & (batch.mask < K)
+    mask = order.argsort()[batch.mask.clamp(0, K - 1)].where(inside, 255)
+    value, *gradients = loss_of(batch._replace(mask=mask, raw=tuple(x[:, order] for x in batch.raw)))
+    expected, *reference = loss_of(batch)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradients, [x[:, order] for x in reference])
+
+
+@given(batch=batches())
+def test_the_order_of_scales_does_not_matter(batch):
+    actual, expected = loss_of(batch._replace(raw=batch.raw[::-1])), loss_of(batch)
+    torch.testing.assert_close([actual[0], *actual[:0:-1]], expected)
+
+
+@pytest.mark.parametrize("scales", [1, 2, 5])
+def test_logits_that_do_not_know_give_log_k_a_term(scales):
+    logits = [torch.full((1, 7, side, 2), 3.0) for side in range(1, scales + 1)]
+    terms = 1 if scales == 1 else scales + 1
+    loss = multi_scale_cross_entropy(logits, torch.arange(6).view(1, 2, 3))
+    assert loss.item() == pytest.approx(terms * math.log(7), rel=1e-6)
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_a_void_or_empty_batch_gives_zero_on_the_graph(images):
+    logits = [torch.randn(images, 3, 4, 4, requires_grad=True) for _ in range(2)]
+    loss = multi_scale_cross_entropy(logits, torch.full((images, 8, 8), 255))
+    assert loss == 0
+    assert not loss.signbit()
+    loss.backward()
+    assert all(x.grad is not None and not x.grad.any() for x in logits)
+
+
+@halves
+def test_large_half_precision_logits_have_a_finite_loss(half, device):
+    logits = [1e4 * noise(2, 3, 4, 5).to(device, half) for _ in range(2)]
+    mask = make_batch(image_size=(9, 7)).mask[:2].to(device)
+    loss, *gradients = value_and_grads(lambda *x: multi_scale_cross_entropy(x, mask), *logits)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, multi_scale_cross_entropy([x.float() for x in logits], mask))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+# refusals
+
+
+LOGITS = torch.rand(2, 3, 4, 5)
+
+
+MASK = torch.zeros(2, 8, 9, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("logits", [], ValueError),
+        ("logits", LOGITS, TypeError),
+        ("logits", None, TypeError),
+        ("logits", [LOGITS[0]], ValueError),
+        ("logits", [LOGITS, None], TypeError),
+        ("logits", [LOGITS, LOGITS.long()], TypeError),
+        ("logits", [LOGITS, LOGITS[:, :2]], ValueError),
+        ("logits", [LOGITS, LOGITS[:1]], ValueError),
+        ("logits", [LOGITS[:, :, :0]], ValueError),
+        ("logits", [LOGITS, LOGITS.to("meta")], ValueError),
+        ("mask", MASK[0], ValueError),
+        ("mask", MASK[:1], ValueError),
+        ("mask", MASK[:, None], ValueError),
+        ("mask", MASK.float(), TypeError),
+        ("mask", MASK.bool(), TypeError),
+        ("mask", MASK.to("meta"), ValueError),
+        ("mask", None, TypeError),
+        ("ignore_index", 255.0, TypeError),
+        ("ignore_index", None, TypeError),
+    ],
+)
+def test_loss_refuses(name, value, error):
+    with pytest.raises(error, match=rf"\b{name}\b.* must .* but "):
+        multi_scale_cross_entropy(**{"logits": [LOGITS, LOGITS], "mask": MASK, name: value})

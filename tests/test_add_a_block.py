@@ -1,0 +1,76 @@
+"""The page that shows how a block is added: its example, put into a copy of the package, keeps every promise."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.blocks import PACKAGE, TESTS
+
+ROOT = TESTS.parent
+PAGE = ROOT / "docs" / "add-a-block.md"
+FILES = dict(re.findall(r"^:::\{code-block\} python\n:caption: (\S+)\n\n(.*?)^:::$", PAGE.read_text(), re.S | re.M))
+MODULE, NAME = "pixelss.losses.quiet", "quiet_loss"
+
+
+def export(init: Path, module: str) -> None:
+    """Add the name to a folder's `__init__`, as the page's second section says."""
+    line = f"from {module} import {NAME}\n"
+    text = re.sub(r"__all__ = \[", f'__all__ = [\n    "{NAME}",', init.read_text())
+    before, names, after = re.split(r"(__all__ = \[.*?\])", text, flags=re.S)
+    body = ",\n    ".join(sorted(re.findall(r'"\w+"', names)))
+    imports = re.findall(r"^from .*? import (?:\(.*?\)|[^(\n]*)\n", before, flags=re.S | re.M)
+    rest = before.split(imports[-1], 1)[1]
+    head = before[: before.index(imports[0])]
+    init.write_text(head + "".join(sorted([*imports, line])) + rest + f"__all__ = [\n    {body},\n]" + after)
+
+
+def copy_with(files: dict[str, str], root: Path) -> None:
+    """Copy the package and what tests share, and add the files."""
+    shutil.copytree(PACKAGE, root / "src" / "pixelss", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "tests" / "losses").mkdir(parents=True)
+    helpers = [path for path in TESTS.glob("*.py") if not re.search(r"test_(?!promises|layout)", path.name)]
+    for path in (ROOT / "pyproject.toml", TESTS / "losses" / "__init__.py", *helpers):
+        shutil.copy(path, root / path.relative_to(ROOT))
+    for path, content in files.items():
+        (root / path).write_text(content)
+    if f"src/{MODULE.replace('.', '/')}.py" in files:
+        export(root / "src/pixelss/losses/__init__.py", MODULE)
+        export(root / "src/pixelss/__init__.py", "pixelss.losses")
+
+
+def run_tests(root: Path, which: str) -> tuple[int, str]:
+    """Run tests in the copy, the doctest of the module among them."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf", "-k", which]
+    command += ["src/pixelss/losses/quiet.py", "tests"]
+    alone = {"PYTHONPATH": str(root / "src"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(command, cwd=root, env=os.environ | alone, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_example_is_of_the_files_that_the_page_names():
+    assert list(FILES) == ["src/pixelss/losses/quiet.py", "tests/losses/test_quiet.py"]
+    assert len(PAGE.read_text().splitlines()) <= 120
+
+
+@pytest.mark.processes
+def test_the_example_keeps_every_promise(tmp_path):
+    copy_with(FILES, tmp_path)
+    code, output = run_tests(tmp_path, "quiet or an_init")
+    assert code == 0, output
+    assert int(re.search(r"(\d+) passed", output)[1]) > 30
+
+
+@pytest.mark.processes
+def test_a_block_without_an_entry_is_seen(tmp_path):
+    path = "tests/losses/test_quiet.py"
+    copy_with(FILES | {path: re.sub(r"^BLOCKS = .*$", "BLOCKS = {}", FILES[path], flags=re.M)}, tmp_path)
+    code, output = run_tests(tmp_path, "quiet and entry")
+    assert code == 1
+    assert "test_every_public_name_has_an_entry_in_its_test_file[quiet_loss]" in output

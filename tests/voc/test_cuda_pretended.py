@@ -1,0 +1,49 @@
+"""On a pretended CUDA device: the steps of examples/voc stay there, mix no devices and ask for no value."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from batches import Batch
+from config import CAM, Config, Gate, Network
+from networks import build_affinity, build_cam, build_segmentation
+from tables import ROWS
+from train_affinity import kind_by_kind, subsampled
+from train_cam import Objective
+
+import pixelss
+from tests.pretend_cuda import PretendCUDA, devices
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+
+
+@pytest.fixture
+def cuda():
+    """Everything that is made within it lies on the pretended device, unless it says otherwise."""
+    with PretendCUDA(), torch.device("cuda"):
+        yield
+
+
+@pytest.mark.parametrize(("backbone", "row"), [*(("small", row) for row in ROWS), ("resnet38", "MAM+RCM")])
+def test_step_of_train_cam(backbone, row, cuda):
+    names = {name.removeprefix("cam."): value for name, value in ROWS[row].items()}
+    config = Config(network=Network(backbone, dim=16), cam=replace(CAM(mam_gate=Gate(iterations=0)), **names))
+    student = build_cam(config, 5)
+    objective = Objective(config, student, 5, 100)
+    tags = torch.ones(2, 5, device="cpu")  # as to_device leaves them
+    batch = Batch(torch.rand(2, 3, 48, 48), tags, torch.zeros(2, 0, 48, 48, dtype=torch.uint8))
+    for report in (False, True):
+        assert devices(objective(student, batch, 0, report)) == {"cuda"}
+    objective.teacher.update(student)
+    assert all(devices(module.state_dict()) == {"cuda"} for module in objective.modules.values())
+
+
+def test_steps_of_the_other_trainings(cuda):
+    config, images = Config(network=Network("resnet38")), torch.rand(1, 3, 48, 48)
+    affinity, maps = build_affinity(config)(images), torch.zeros(1, 48, 48, dtype=torch.uint8)
+    low, high = (subsampled(maps, affinity.shape[-2:]) for _ in range(2))
+    assert devices(kind_by_kind(affinity, pixelss.affinity_labels(low, high))) == {"cuda"}
+    logits = [build_segmentation(config, 5)(images)]
+    assert devices(pixelss.multi_scale_cross_entropy(logits, maps.long())) == {"cuda"}
