@@ -198,9 +198,9 @@ def _draw(
         text(x + cell / 2, _GAP / 2 + _BAND / 2, title)
     for name, y, tallest in zip(names, layout.rows, layout.heights, strict=False):
         text(_BAND / 2 + 2, y + tallest / 2, name, rotation=90)
-    for (name, colour), (x, middle) in zip(legend.items(), layout.entries, strict=True):
-        picture(x, middle - 6, 12, 12, np.asarray(colour, dtype=np.uint8).reshape(1, 1, 3))
-        figure.text((x + 17) / width, 1 - middle / height, name, fontsize=9, va="center")
+    for (name, colour), (start, middle) in zip(legend.items(), layout.entries, strict=True):
+        picture(start, middle - 6, 12, 12, np.asarray(colour, dtype=np.uint8).reshape(1, 1, 3))
+        figure.text((start + 17) / width, 1 - middle / height, name, fontsize=9, va="center")
     if heat:
         wide = min(120, cell)
         picture(layout.left, layout.bar - 6, wide, 12, heat_map(np.linspace(0, 1, 256))[None])
