@@ -213,13 +213,13 @@ def print_table(results: dict[str, list[list[float]]], images: int) -> None:
     seeds = len(results["control"])
     over = f"mean of {seeds} seeds ± half their range" if seeds > 1 else "one seed"
     print(f"CAMs of {images} images, in per cent; {over}")
-    print(f"{'against':>26}{'best':>29}   mIoU of single scales")
-    print(f"{'mIoU':>17}{'control':>9}{'precision':>10}{'recall':>9}{'threshold':>10}", end="")
+    print(f"{'against':>27}{'best':>29}   mIoU of single scales")
+    print(f"{'mIoU':>17}{'control':>10}{'precision':>10}{'recall':>9}{'threshold':>10}", end="")
     print("".join(f"{f'x{scale}':>6}" for scale in SCORE_SCALES))
     for row, runs in results.items():
         miou, precision, recall, threshold, *single = zip(*runs, strict=True)
         gain = "" if row == "control" else mean_and_spread(against_control(results, row), "+")
-        print(f"{row:8}{mean_and_spread(miou):>9}{gain:>9}{mean_and_spread(precision):>10}", end="")
+        print(f"{row:8}{mean_and_spread(miou):>9}{gain:>10}{mean_and_spread(precision):>10}", end="")
         print(f"{mean_and_spread(recall):>9}{statistics.fmean(threshold):>10.2f}", end="")
         print("".join(f"{mean(values):>6}" for values in single))
     print(in_words(results))
@@ -230,12 +230,14 @@ def in_words(results: dict[str, list[list[float]]]) -> str:
     gains = {row: against_control(results, row) for row in results if "+" in row}
     best, gain = max(gains.items(), key=lambda item: statistics.fmean(item[1]))
     points = round(statistics.fmean(gain), 1)
-    seeds = f"seeds {mean([min(gain)], '+')} to {mean([max(gain)], '+')}" if len(gain) > 1 else "one seed"
+    by_seed = f"{mean([min(gain)], '+')} to {mean([max(gain)], '+')}"
+    trust = f"seeds {by_seed}" if len(gain) > 1 else "one seed"
     if points <= 0:
         how = f"{-points:.1f} below" if points else "level with it"
-        return f"No row is above control: the best, {best}, is {how} ({seeds})."
-    doubt = ", not in every seed" if min(gain) <= 0 else ""
-    return f"{best} is the best row: {points:.1f} points above control{doubt} ({seeds})."
+        return f"No row beats control: {best}, the best, is {how}; {trust}."
+    if min(gain) <= 0:
+        return f"{best} is {points:.1f} points above control, but not in every seed: {by_seed}."
+    return f"{best} is {points:.1f} points above control, the best row; {trust}."
 
 
 def save_picture(

@@ -68,13 +68,14 @@ def results_of(**gains: list[float]) -> dict[str, list[list[float]]]:
 @pytest.mark.parametrize(
     ("gains", "words"),
     [
-        ({"_RCM": [-0.1], "_MAM": [1.1]}, "+MAM is the best row: 1.1 points above control (one seed)."),
-        ({"_RCM": [-0.3], "_MAM": [-2]}, "No row is above control: the best, +RCM, is 0.3 below (one seed)."),
-        ({"_RCM": [-0.04], "_MAM": [-2]}, "No row is above control: the best, +RCM, is level with it (one seed)."),
-        ({"_MAM": [0.5, 1.1]}, "+MAM is the best row: 0.8 points above control (seeds +0.5 to +1.1)."),
+        ({"_RCM": [-0.1], "_MAM": [1.1]}, "+MAM is 1.1 points above control, the best row; one seed."),
+        ({"_RCM": [-0.3], "_MAM": [-2]}, "No row beats control: +RCM, the best, is 0.3 below; one seed."),
+        ({"_RCM": [-0.04], "_MAM": [-2]}, "No row beats control: +RCM, the best, is level with it; one seed."),
+        ({"_MAM": [0.5, 1.1]}, "+MAM is 0.8 points above control, the best row; seeds +0.5 to +1.1."),
+        ({"_RCM_MAM": [-0.04, 1]}, "+RCM+MAM is 0.5 points above control, but not in every seed: +0.0 to +1.0."),
         (
-            {"_RCM_MAM": [-0.04, 1.1]},
-            "+RCM+MAM is the best row: 0.5 points above control, not in every seed (seeds +0.0 to +1.1).",
+            {"_RCM_MAM": [-14.4, -11]},
+            "No row beats control: +RCM+MAM, the best, is 12.7 below; seeds -14.4 to -11.0.",
         ),
     ],
 )
@@ -82,7 +83,9 @@ def test_the_last_line_says_what_the_table_says(gains, words, capsys):
     results = results_of(**gains)
     assert in_words(results) == words
     print_table(results, 120)
-    assert capsys.readouterr().out.splitlines()[-1] == words
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == words
+    assert max(map(len, lines)) <= 80
 
 
 def test_the_table_shows_differences_and_spreads(capsys):
