@@ -23,7 +23,7 @@ from data import VOCFolder
 from parallel import barrier, rank, world_size
 from pipeline import FIRST, STAGES
 from stages import Run
-from storage import write_atomic
+from storage import remove_unfinished, write_atomic
 
 import pixelss
 
@@ -53,8 +53,7 @@ def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run
             )
     barrier()  # every process has compared before one writes
     if rank() == 0:
-        for path in out.glob(".*.tmp"):  # of a killed process; a stage clears its own folder
-            path.unlink(missing_ok=True)
+        remove_unfinished(out, below=False)  # of a killed process; a stage clears its own folder
         write_atomic(out / "environment.json", json.dumps(environment, indent=1) + "\n")
         write_atomic(out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     barrier()

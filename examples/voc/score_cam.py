@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from typing import Any
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from parallel import barrier, rank
 from PIL import Image
 from stages import IMAGES, MASKS, TAGS, Run, Stage
-from storage import load_cam, remove_unfinished, write_atomic
+from storage import load_cam, remove_unfinished, save_png, write_atomic
 from torch import Tensor
 
 import pixelss
@@ -69,9 +68,7 @@ def score_cam(run: Run) -> None:
         write_atomic(run.folder("score_cam") / "scores.json", json.dumps(scores, indent=1) + "\n")
         named = {"all scales": scores, **{f"x{k}": one for k, one in scores.get("single_scales", {}).items()}}
         curves = {name: (one["curve"]["thresholds"], one["curve"]["miou"]) for name, one in named.items()}
-        picture = io.BytesIO()
-        Image.fromarray(viz.threshold_curves(curves)).save(picture, "PNG")
-        write_atomic(run.folder("score_cam") / "curve.png", picture.getvalue())
+        save_png(run.folder("score_cam") / "curve.png", Image.fromarray(viz.threshold_curves(curves)))
     shown = {
         name: round(100 * scores[name], 1) for name in ("miou", "precision", "recall", "crf_miou") if name in scores
     }

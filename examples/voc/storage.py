@@ -53,9 +53,9 @@ def append_line(path: Path, line: str) -> None:
         raise OSError(error.errno, f"could not write {path} ({error.strerror})") from error
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed `write_atomic` left in and below `folder`; call it in one process, while none writes."""
-    for path in folder.rglob(".*.tmp"):
+def remove_unfinished(folder: Path, *, below: bool = True) -> None:
+    """Remove what a killed `write_atomic` left in `folder` and below it; call it in one process, while none writes."""
+    for path in folder.rglob(".*.tmp") if below else folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
@@ -108,10 +108,8 @@ def save_cam(path: Path, cam: Tensor, tags: Tensor) -> None:
     note = PngImagePlugin.PngInfo()
     note.add_text("classes", " ".join(map(str, classes)))
     note.add_text("size", f"{H} {W}")
-    buffer = io.BytesIO()
     # PNG knows no empty picture: an image without a tag gets one black row, which no class claims.
-    Image.fromarray(pixels if classes else np.zeros((1, W), np.uint8)).save(buffer, "PNG", pnginfo=note)
-    write_atomic(path, buffer.getvalue())
+    save_png(path, Image.fromarray(pixels if classes else np.zeros((1, W), np.uint8)), pnginfo=note)
 
 
 def load_cam(path: Path, num_classes: int) -> Tensor:
@@ -137,6 +135,10 @@ def save_mask(path: Path, mask: NDArray[np.uint8]) -> None:
     """Write a mask as a PNG in VOC's colours."""
     image = Image.fromarray(mask)
     image.putpalette(voc_palette().tobytes())
+    save_png(path, image)
+
+
+def save_png(path: Path, image: Image.Image, **options: Any) -> None:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", **options)
     write_atomic(path, buffer.getvalue())

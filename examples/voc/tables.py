@@ -34,7 +34,7 @@ from pipeline import STAGES
 from run import add_options, check, data_root, default_config, execute, guarded, load_config
 from runfolder import UserError, open_run
 from stages import Run
-from storage import write_atomic
+from storage import remove_unfinished, save_png, write_atomic
 
 from pixelss import viz
 
@@ -204,9 +204,7 @@ def plot_curves(runs: dict[str, list[Run]], path: Path) -> None:
     for row, (run, *_) in runs.items():
         curve = json.loads((run.folder("score_cam") / "scores.json").read_text())["curve"]
         curves[f"{row}, seed {run.config.seed}"] = curve["thresholds"], curve["miou"]
-    picture = io.BytesIO()
-    Image.fromarray(viz.threshold_curves(curves, width=800)).save(picture, "PNG")
-    write_atomic(path, picture.getvalue())
+    save_png(path, Image.fromarray(viz.threshold_curves(curves, width=800)))
 
 
 def caption_of(name: str, run: Run, seeds: list[int]) -> str:
@@ -266,8 +264,7 @@ def main() -> None:
     with process_group(config.device if torch.cuda.is_available() else "cpu") as device:
         root = data_root(options.data, options.out)
         if rank() == 0:
-            for path in options.out.glob(".*.tmp"):  # of a killed process
-                path.unlink(missing_ok=True)
+            remove_unfinished(options.out, below=False)  # of a killed process
         for name in options.tables:
             make_table(name, options, root, device)
 

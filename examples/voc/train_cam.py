@@ -69,12 +69,11 @@ class Objective:
         self.terms = {name: TERMS[name](config, num_classes, images) for name in wanted}
         self.teacher = pixelss.EMATeacher(student, self.config.teacher_momentum)
         self.modules: dict[str, nn.Module] = {"teacher": self.teacher}
+        device = next(student.parameters()).device
         for name, term in self.terms.items():
             if shared := self.modules.keys() & term.modules.keys():
                 raise ValueError(f"The term {name} must name its modules as no other does, but has {sorted(shared)}.")
-            self.modules |= term.modules
-        for module in self.modules.values():
-            module.to(next(student.parameters()).device)
+            self.modules |= {key: module.to(device) for key, module in term.modules.items()}
 
     def __call__(self, student: nn.Module, batch: Batch, step: int, report: bool) -> tuple[Tensor, dict[str, Tensor]]:
         active = {name: term for name, term in self.terms.items() if step >= term.start}
