@@ -172,9 +172,9 @@ def _from_docs(path: Path, target: str, anchor: str) -> str:
         return target + anchor
     inside = target.removeprefix(f"{generate.URL}/blob/main/")
     found = (path.parent / target if inside == target else ROOT / inside).resolve()
-    pages = {(ROOT / name).resolve(): page for page, (name, marker) in TAKEN_IN.items() if not marker}
-    if found in pages:
-        return f"{pages[found]}.md{anchor}"
+    for page, (name, marker) in TAKEN_IN.items():
+        if found == ROOT / name and marker in ("", anchor.removeprefix("#")):
+            return f"{page}.md{'' if marker else anchor}"
     if DOCS in found.parents:
         return f"{found.relative_to(DOCS)}{anchor}"
     if found.is_file():
