@@ -36,7 +36,8 @@ LEGEND = {name: PALETTE[k] for k, name in enumerate(CLASSES, start=1)}
 def learn() -> torch.nn.Sequential:
     """Return the small network after plain classification, then classification at three scales, then all blocks."""
     student, kept = trained(), ROOT / "runs" / "pictures.pth"
-    stamp = hashlib.sha256(inspect.getsource(learn).encode()).hexdigest()
+    sources = inspect.getsource(learn), inspect.getsource(sys.modules["small"])
+    stamp = hashlib.sha256("".join(sources).encode()).hexdigest()
     if kept.exists() and (saved := torch.load(kept, weights_only=True))["stamp"] == stamp:
         student.load_state_dict(saved["model"])
         return student.eval()
