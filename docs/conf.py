@@ -86,6 +86,7 @@ nitpick_ignore_regex = [
 
 NAMES = {name: f"pixelss.{name}" for name in pixelss.__all__}
 NAMES |= {name: f"pixelss.viz.{name}" for name in pixelss.viz.__all__}
+NAMES |= {name: f"pixelss.io.{name}" for name in ("read_cam", "read_mask", "write_mask")}
 _SIZE = r"(?:[A-Z][a-z]?(?:_i)?|[a-z]|\*|\d+|[A-Z] [+*-] \d)"
 _SHAPE = re.compile(rf"\({_SIZE}(?:, {_SIZE})+\)|\({_SIZE},\)")
 

@@ -19,6 +19,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT / "src"))
 
 import pixelss  # noqa: E402
+import pixelss.io  # noqa: E402
 import pixelss.viz  # noqa: E402
 
 URL = "https://github.com/pixelss/pixelss"
@@ -52,6 +53,12 @@ BIBLIOGRAPHY = {
         "Segmentation",
         "CVPR 2018",
         arxiv("1803.10464"),
+    ),
+    "Ahn 2019": Paper(
+        "Jiwoon Ahn, Sunghyun Cho, Suha Kwak",
+        "Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations",
+        "CVPR 2019",
+        arxiv("1904.05044"),
     ),
     "Chen 2015": Paper(
         "Liang-Chieh Chen, George Papandreou, Iasonas Kokkinos, Kevin Murphy, Alan L. Yuille",
@@ -146,9 +153,13 @@ class Page(NamedTuple):
 
 
 def public_names() -> dict[str, object]:
-    """Return every public name, those of `viz` with their room in front, and what it names."""
+    """Return every public function and class, those of `io` and `viz` with their room in front, and what it names."""
     names = {name: getattr(pixelss, name) for name in pixelss.__all__}
-    return names | {f"viz.{name}": getattr(pixelss.viz, name) for name in pixelss.viz.__all__}
+    for room in (pixelss.io, pixelss.viz):
+        prefix = room.__name__.removeprefix("pixelss.")
+        named = {f"{prefix}.{name}": getattr(room, name) for name in room.__all__}
+        names |= {name: value for name, value in named.items() if callable(value)}
+    return names
 
 
 def pages() -> list[Page]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import pixelss
-from pixelss import viz
+from pixelss import io, viz
 from tests.strategies import Batch
 
 TESTS = Path(__file__).parent
@@ -106,7 +106,7 @@ def collect(what: str) -> dict[str, Any]:
 
 
 PUBLIC = {name: getattr(pixelss, name) for name in pixelss.__all__}
-PUBLIC |= {name: getattr(viz, name) for name in viz.__all__}
+PUBLIC |= {name: value for room in (io, viz) for name in room.__all__ if callable(value := getattr(room, name))}
 RESULTS = {name for name, value in PUBLIC.items() if inspect.isclass(value) and issubclass(value, tuple)}
 WRAPPERS = {  # Modules that keep the settings of a function, by what their docstring says
     name: match[1] for name, value in PUBLIC.items() if (match := re.match(r"`(\w+)` with its", inspect.getdoc(value)))

@@ -55,6 +55,55 @@ def test_check_tensor_message(value, settings, error, message):
         check_tensor("cam", value, "BNHW", **settings)
 
 
+def read_only(array):
+    array.setflags(write=False)
+    return array
+
+
+@pytest.mark.parametrize(
+    ("value", "axes", "sizes", "call"),
+    [
+        (np.zeros((8, 9, 3)), "BCHW", {"C": 3}, "torch.from_numpy(x).permute(2, 0, 1)[None]"),
+        (np.zeros((8, 9, 2)), "BNHW", {}, "torch.from_numpy(x).permute(2, 0, 1)[None]"),
+        (np.zeros((2, 8, 9, 3)), "BCHW", {"C": 3}, "torch.from_numpy(x).permute(0, 3, 1, 2)"),
+        (np.zeros((3, 8, 9)), "BCHW", {"C": 3}, "torch.from_numpy(x)[None]"),
+        (np.zeros((2, 5, 8, 9)), "BNHW", {}, "torch.from_numpy(x)"),
+        (np.zeros((8, 9)), "BHW", {"H": 8, "W": 9}, "torch.from_numpy(x)[None]"),
+        (read_only(np.zeros((8, 9, 3))), "BCHW", {"C": 3}, "torch.from_numpy(x.copy()).permute(2, 0, 1)[None]"),
+        (np.zeros((8, 9, 3))[:, ::-1], "BCHW", {"C": 3}, "torch.from_numpy(x.copy()).permute(2, 0, 1)[None]"),
+        (np.zeros((8, 9, 3))[..., ::-1], "BCHW", {"C": 3}, "torch.from_numpy(x.copy()).permute(2, 0, 1)[None]"),
+        (torch.zeros(8, 9, 3), "BCHW", {"C": 3}, "x.permute(2, 0, 1)[None]"),
+        (torch.zeros(2, 8, 9, 3), "BCHW", {"C": 3}, "x.permute(0, 3, 1, 2)"),
+        (torch.zeros(2, 8, 9, 5), "BNHW", {"B": 2, "H": 8, "W": 9}, "x.permute(0, 3, 1, 2)"),
+        (torch.zeros(3, 8, 9), "BCHW", {"C": 3}, "x[None]"),
+        (torch.zeros(8, 9), "BHW", {"H": 8, "W": 9}, "x[None]"),
+        (torch.zeros(4), "BN", {"B": 1, "N": 4}, "x[None]"),
+    ],
+)
+def test_the_call_that_mends_the_axes_does(value, axes, sizes, call):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        check_tensor("x", value, axes, **sizes)
+    assert str(caught.value).endswith(f" Pass {call}.")
+    assert len(str(caught.value)) < 170
+    check_tensor("x", eval(call, {"torch": torch, "x": value}), axes, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("value", "axes", "sizes"),
+    [
+        (torch.zeros(8, 9, 3), "BNHW", {}),  # no size is known
+        (torch.zeros(8, 9, 3), "BNHW", {"B": 2, "N": 3}),  # one map of a batch of two
+        (torch.zeros(2, 8, 9, 4), "BCHW", {"C": 3}),  # with an alpha channel
+        (torch.zeros(8, 9), "BCHW", {"C": 3}),
+        (torch.zeros(8), "KD", {"D": 8}),  # no batch
+    ],
+)
+def test_no_call_is_named_that_would_not_mend(value, axes, sizes):
+    with pytest.raises(ValueError, match="x must have shape") as caught:
+        check_tensor("x", value, axes, hint="A hint.", **sizes)
+    assert str(caught.value).endswith(". A hint.")
+
+
 @pytest.mark.parametrize("axes", ["BNHW", "SPHW"])
 def test_only_images_and_pairs_may_be_empty(axes):
     shape = [0 if axis in "BP" else 1 for axis in axes]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pixelss
+import pixelss.io
 import pixelss.viz
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +20,7 @@ NEVER_RAISE = {"ResNet38", "freeze_norm", "viz.voc_palette"}
 NO_TENSORS = {"freeze_norm", "load_resnet38", "pair_offsets"}
 DOCUMENTED = {name: getattr(pixelss, name) for name in pixelss.__all__}
 DOCUMENTED |= {f"viz.{name}": getattr(pixelss.viz, name) for name in pixelss.viz.__all__}
+DOCUMENTED |= {f"io.{name}": value for name, value in vars(pixelss.io).items() if name.startswith(("read_", "write_"))}
 RESULTS = {"CAMOutput", "LoadReport", "SegmentationScores", "SweepScores"}  # NamedTuples: no example of their own
 
 
@@ -61,7 +63,7 @@ def test_every_argument_is_documented():
 
 def test_import_is_light():
     heavy = ("timm", "torchvision", "matplotlib", "PIL")
-    loaded = f"import sys, pixelss.viz; print([name for name in {heavy} if name in sys.modules])"
+    loaded = f"import sys, pixelss.io, pixelss.viz; print([name for name in {heavy} if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", loaded], check=True, capture_output=True, text=True).stdout
     assert output.strip() == "[]"
 

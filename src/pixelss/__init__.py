@@ -7,7 +7,7 @@
 - `affinity`: affinities of pairs of cells.
 - `refine`: scores to better scores and label maps.
 - `segmentation`, `metrics`: the network trained on the result, and its figures.
-- `viz`: arrays to pictures; the one room whose names are not imported here.
+- `io`: files to arrays and back; `viz`: arrays to pictures. Their names are not imported here.
 """
 
 from pixelss.affinity import AffinityHead, affinity_labels, pair_offsets
@@ -31,10 +31,18 @@ from pixelss.refine import (
     background_score,
     dense_crf,
     label_probs,
+    pseudo_labels,
     random_walk,
 )
 from pixelss.segmentation import LargeFOV, multi_scale_inference
-from pixelss.targets import ClassRegionMask, EMATeacher, PrototypeBank, class_prototypes, class_region_mask
+from pixelss.targets import (
+    ClassRegionMask,
+    EMATeacher,
+    PrototypeBank,
+    class_prototypes,
+    class_region_mask,
+    confident_mask,
+)
 
 __version__ = "0.1.0.dev0"
 
@@ -62,6 +70,7 @@ __all__ = [
     "background_score",
     "class_prototypes",
     "class_region_mask",
+    "confident_mask",
     "dense_crf",
     "direct_loss",
     "freeze_norm",
@@ -74,6 +83,7 @@ __all__ = [
     "multi_scale_inference",
     "normalize_cam",
     "pair_offsets",
+    "pseudo_labels",
     "random_walk",
     "regional_contrastive_loss",
     "resnet38",

@@ -42,16 +42,16 @@ def check_tensor(
         TypeError: `value` is no tensor, or its dtype is not of `kind`.
         ValueError: its rank, a size or its device is wrong.
     """
-    fix = f" {hint}" if hint else ""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, but is of type {type(value).__name__}.")
+        raise TypeError(f"{name} must be a torch.Tensor, but is {_not_a_tensor(name, value, axes, sizes)}.")
     expected = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in axes)
     if value.ndim != len(axes):
-        raise ValueError(f"{name} must have shape ({expected}), but has shape {tuple(value.shape)}.{fix}")
+        was = f"has shape {tuple(value.shape)}"
+        raise ValueError(f"{name} must have shape ({expected}), but {was}.{_fix(name, value, axes, sizes, hint)}")
     for axis, size in zip(axes, value.shape, strict=True):
         if size != sizes.get(axis, size) or (size == 0 and axis not in "BP"):
             was = f"has shape {tuple(value.shape)}: {axis} is {size}"
-            raise ValueError(f"{name} must have shape ({expected}), but {was}.{fix}")
+            raise ValueError(f"{name} must have shape ({expected}), but {was}.{_fix(name, value, axes, sizes, hint)}")
     if not _is_kind(value.dtype, kind):
         raise TypeError(f"{name} must be of {kind} dtype, but is {value.dtype}.{_CASTS[kind]}")
     if like is not None and value.device != like.device:
@@ -59,6 +59,37 @@ def check_tensor(
             f"{name} must lie on {like.device}, but lies on {value.device}: move it, or what it meets, by .to(device)."
         )
     return tuple(value.shape)
+
+
+def _not_a_tensor(name: str, value: object, axes: str, sizes: dict[str, int]) -> str:
+    """Say what `value` is and, of a numpy array, the call that makes a tensor of it."""
+    if not isinstance(value, np.ndarray):
+        return f"of type {type(value).__name__}"
+    channels_last = len(axes) == 4 and value.ndim == 3 and value.shape[-1] <= 4 < min(value.shape[:2])
+    call = ".permute(2, 0, 1)[None]" if channels_last else _missing_call(value.shape, axes, sizes)
+    strict = not value.flags.writeable or min(value.strides, default=0) < 0  # torch warns of these, or refuses them
+    return f"a numpy array of shape {value.shape}. Pass torch.from_numpy({name}{'.copy()' * strict}){call}"
+
+
+def _fix(name: str, value: Tensor, axes: str, sizes: dict[str, int], hint: str) -> str:
+    """Return the likely fix of a wrong rank or size: an axis that is missing or lies elsewhere, else the hint."""
+    if call := _missing_call(value.shape, axes, sizes):
+        return f" Pass {name}{call}."
+    return f" {hint}" if hint else ""
+
+
+def _missing_call(shape: Sequence[int], axes: str, sizes: dict[str, int]) -> str:
+    """Return the call that gives `shape` the order of `axes`, "" where the known sizes do not show that one would."""
+    calls = {"[None]": [1, *shape]}
+    if len(axes) == 4:
+        calls[".permute(2, 0, 1)[None]"] = [1, *shape[2:], *shape[:2]]
+        calls[".permute(0, 3, 1, 2)"] = [*shape[:1], *shape[3:], *shape[1:3]]
+    known = [i for i, axis in enumerate(axes) if axis in sizes]
+    for call, moved in calls.items():
+        fits = len(moved) == len(axes) and len(shape) == len(axes) - ("[None]" in call)
+        if fits and axes[0] == "B" and max(known, default=0) > 0 and all(moved[i] == sizes[axes[i]] for i in known):
+            return call
+    return ""
 
 
 def check_maps(
@@ -112,6 +143,32 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but is {value!r}.")
+
+
+def check_images(images: Tensor, *, hint: str = "") -> tuple[int, int, int]:
+    """Raise unless `images` are RGB levels (B, 3, H, W), uint8; returns B, H, W."""
+    B, _, H, W = check_tensor("images", images, "BCHW", kind="any", hint=hint, C=3)
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be of dtype torch.uint8 (levels 0 to 255), but is {images.dtype}. Undo scaling.")
+    return B, H, W
+
+
+def check_multi_hot(tags: Tensor) -> None:
+    """Raise where a tag lies between 0 and 1, as probabilities do; it waits for the device."""
+    between = (tags > 0) & (tags < 1)
+    if bool(between.any()):
+        raise ValueError(
+            f"tags must be multi-hot, but hold {tags[between][0].item():.4g}. Probabilities? Pass tags > 0.5."
+        )
+
+
+def check_no_class(ignore_index: int, num_classes: int) -> None:
+    """Raise unless `ignore_index` is an integer and no class 0..N, so that what is void can be told from a class."""
+    check_integer("ignore_index", ignore_index)
+    if 0 <= ignore_index <= num_classes:
+        raise ValueError(
+            f"ignore_index must be no class (0 to {num_classes}), but is {ignore_index}. Pass ignore_index=-1."
+        )
 
 
 def check_number(name: str, value: float, *, low: float, high: float) -> None:

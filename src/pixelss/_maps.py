@@ -1,4 +1,4 @@
-"""Maps that several rooms need: normalised CAMs, the background beside them, probabilities of a label map."""
+"""Maps that several rooms need: normalised CAMs, the background beside them, label maps and their probabilities."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def background_score(cam: Tensor, *, alpha: float) -> Tensor:
     """Return the background's score (1 - max over the classes)^alpha; a non-finite CAM value is no activation.
 
     Args:
-        cam: normalised CAMs in [0, 1], foreground classes alone.
+        cam: normalised CAMs in [0, 1], foreground classes alone; of raw ones, which are not refused, every value above
+            1 counts as 1: call `normalize_cam` first.
         alpha: the larger, the less background.
 
     Shape:
@@ -66,6 +67,24 @@ def background_score(cam: Tensor, *, alpha: float) -> Tensor:
     check_number("alpha", alpha, low=0, high=torch.finfo(torch.float32).max)
     strongest = activation(cam).amax(1, keepdim=True)
     return (1 - strongest.clamp(0, 1)) ** alpha
+
+
+def confident(foreground: Tensor, background: Tensor, ignore_index: int) -> Tensor:
+    """Return the class where `foreground` > 0, 0 where both label maps are 0, else `ignore_index`; int64."""
+    foreground, background = foreground.long(), background.long()  # first: uint8 holds no -1
+    agreed = foreground.where((foreground == 0) & (background == 0), ignore_index)
+    return foreground.where(foreground > 0, agreed)
+
+
+def refill(labels: Tensor, present: Tensor) -> Tensor:
+    """Return label maps over [background, present classes] as label maps over all classes.
+
+    Args:
+        labels: 0 the background, i the i-th present class.
+        present: where a class is present, (N,) bool.
+    """
+    classes = 1 + present.nonzero().flatten()
+    return torch.cat([classes.new_zeros(1), classes])[labels]
 
 
 def label_probs(mask: Tensor, num_classes: int, *, gt_prob: float = 0.7, ignore_index: int = 255) -> Tensor:

@@ -15,10 +15,9 @@ SIGNATURES = {
     "overlay_cam": "(image, cam, *, alpha=0.65)",
     "overlay_mask": "(image, mask, *, alpha=0.6, palette=None)",
     "prototype_similarity": "(features, prototypes)",
-    "voc_palette": "()",
 }
 
-PICTURES = "overlay_cam", "overlay_mask", "prototype_similarity", "voc_palette"
+PICTURES = "overlay_cam", "overlay_mask", "prototype_similarity"
 BLOCKS = dict.fromkeys(PICTURES, "a picture: numpy in and out")
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (12, 18, 3)).astype(np.uint8)

@@ -65,7 +65,7 @@ def msinf_cam(cams: Sequence[Tensor], tags: Tensor, *, size: tuple[int, int] | N
 
     Args:
         cams: raw CAMs, one tensor a scale; a flipped copy, flipped back, is one more entry.
-        tags: image-level labels, multi-hot of any dtype.
+        tags: image-level labels, multi-hot of any dtype: present where > 0, so of probabilities pass tags > 0.5.
         size: (H, W) of the result; None where all CAMs share one size already.
 
     Shape:

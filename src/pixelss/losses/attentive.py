@@ -90,7 +90,8 @@ def multi_scale_attentive_loss(
     Args:
         student_cams: normalised CAMs, one tensor a student scale, all of one size.
         teacher_cams: the teacher's, one a teacher scale; a non-finite value counts as no activation.
-        tags: image-level labels, multi-hot of any dtype, on the CAMs' device or on the CPU.
+        tags: image-level labels, multi-hot of any dtype, on the CAMs' device or on the CPU: present where > 0, so of
+            probabilities pass tags > 0.5.
         attentive: False weighs every teacher scale alike.
         reduction: "mean" over (present pair, pixel), or "sum" (as printed).
 

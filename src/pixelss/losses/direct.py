@@ -20,7 +20,7 @@ def direct_loss(cam: Tensor, mask: Tensor, tags: Tensor, *, ignore_index: int = 
     Args:
         cam: the student's normalised CAMs in [0, 1]; a non-finite value counts as no activation.
         mask: class region mask in 0..N; `ignore_index` and values out of range are void.
-        tags: image-level labels, multi-hot of any dtype.
+        tags: image-level labels, multi-hot of any dtype: present where > 0, so of probabilities pass tags > 0.5.
         ignore_index: the mask's void value.
 
     Shape:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pixelss._checks import check_integer, check_number, check_tensor
+from pixelss._checks import check_images, check_integer, check_number, check_tensor
 from pixelss._dtype import promote
 from pixelss._lattice import PermutohedralLattice
 
@@ -59,9 +59,7 @@ def dense_crf(
         torch.Size([2, 24, 32])
     """
     hint = "Images are RGB, one for every map of probabilities."
-    B, _, H, W = check_tensor("images", images, "BCHW", kind="any", hint=hint, C=3)
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images must be of dtype torch.uint8 (levels 0 to 255), but is {images.dtype}. Undo scaling.")
+    B, H, W = check_images(images, hint=hint)
     _, K, _, _ = check_tensor("probs", probs, "BKHW", like=images, hint=hint, B=B, H=H, W=W)
     _check_settings(iterations, gaussian, bilateral)
     probs = promote(probs)

@@ -17,7 +17,7 @@ def class_region_mask(cam: Tensor, tags: Tensor, *, threshold: float = 0.2) -> T
 
     Args:
         cam: normalised CAMs in [0, 1], as `msinf_cam` gives.
-        tags: image-level labels, multi-hot of any dtype.
+        tags: image-level labels, multi-hot of any dtype: present where > 0, so of probabilities pass tags > 0.5.
         threshold: foreground where the activation is greater, in [0, 1].
 
     Shape:

@@ -8,29 +8,9 @@ from torch.nn.functional import normalize
 
 from pixelss._checks import check_number, check_tensor
 from pixelss._dtype import activation, promote
+from pixelss._palette import voc_palette
 from pixelss._resize import resize
 from pixelss.viz.pixels import Pixels, as_image, as_levels, as_tensor, heat_map
-
-
-def voc_palette() -> Pixels:
-    """Return PASCAL VOC's colours: class i has the bits of i spread over red, green and blue; 255 is void.
-
-    It is the field's habit, not a colour-blind-safe one: give masks a legend with class names.
-
-    Shape:
-        (256, 3) uint8.
-
-    Reference:
-        Everingham 2015, "The PASCAL Visual Object Classes Challenge", the development kit's `VOClabelcolormap`.
-
-    Example:
-        >>> voc_palette()[[0, 1, 15, 255]].tolist()
-        [[0, 0, 0], [128, 0, 0], [192, 128, 128], [224, 224, 192]]
-    """
-    colours = np.zeros((256, 3), dtype=np.uint8)
-    for bit in range(8):
-        colours |= ((np.arange(256)[:, None] >> (3 * bit) >> np.arange(3) & 1) << (7 - bit)).astype(np.uint8)
-    return colours
 
 
 def overlay_cam(image: ArrayLike, cam: ArrayLike, *, alpha: float = 0.65) -> Pixels:

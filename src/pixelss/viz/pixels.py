@@ -54,7 +54,7 @@ def as_tensor(name: str, value: ArrayLike | Tensor) -> Tensor:
     array = np.array(value)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} must hold numbers, but is an array of dtype {array.dtype}.")
-    return torch.from_numpy(array)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))  # PNGs of 16 bits may differ
 
 
 def as_image(image: ArrayLike) -> Pixels:
