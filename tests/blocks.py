@@ -38,6 +38,7 @@ PROMISES = {
     "no wait": "no branch on values: one graph, no wait for the device",
     "finite": "a non-finite CAM value counts as no activation",
     "void": "a mask value outside 0..N is void",
+    "checks": "a tensor of another rank or device is refused by name",
 }
 
 

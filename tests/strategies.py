@@ -48,7 +48,7 @@ class Batch(NamedTuple):
     @property
     def classes(self) -> int:
         """N."""
-        return self.tags.shape[1]
+        return self.prototypes.shape[-2] - 1
 
 
 def make_batch(

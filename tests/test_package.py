@@ -61,6 +61,7 @@ def test_every_argument_is_documented():
         )
 
 
+@pytest.mark.processes
 def test_import_is_light():
     heavy = ("timm", "torchvision", "matplotlib", "PIL")
     loaded = f"import sys, pixelss.io, pixelss.viz; print([name for name in {heavy} if name in sys.modules])"

@@ -305,6 +305,23 @@ def test_non_finite_cams_are_no_activation(name, value):
     assert all(gradient.isfinite().all() for gradient in actual[1:])
 
 
+@every_block("checks")
+def test_a_tensor_of_another_rank_or_device_is_refused(name, device):
+    batch = convert(make_batch(dtype=torch.float32), device)
+    block = BLOCKS[name].on(batch)
+    expected = block(batch)
+    for field in Batch._fields:
+        for change in (lambda x: x[None], lambda x: x.to("meta")):
+            value = getattr(batch, field)
+            bad = tuple(map(change, value)) if isinstance(value, tuple) else change(value)
+            try:
+                result = block(batch._replace(**{field: bad}))
+            except (TypeError, ValueError) as error:
+                assert " must " in str(error)  # noqa: PT017
+            else:  # the block does not take this one, or nothing else
+                assert result.is_meta or torch.equal(result, expected)
+
+
 @every_block()
 def test_inputs_are_left_as_they_are(name, device):
     batch = convert(make_batch(), device)

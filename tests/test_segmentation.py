@@ -38,7 +38,11 @@ BLOCKS = {
         lambda b, network: multi_scale_inference(network, b.probs[:, :2], scales=(0.5, 1.3), tile=7),
         lambda b, network: multi_scale_inference_by_loops(network, b.probs[:, :2].detach(), (0.5, 1.3), True, 7),
         make=lambda b: nn.Conv2d(2, 3, 3, 2, 1).requires_grad_(False),
-        but={"half": "its network runs in the user's precision", "gradient": "inference: none"},
+        but={
+            "half": "its network runs in the user's precision",
+            "gradient": "inference carries none",
+            "checks": "its network checks the device",
+        },
     ),
 }
 

@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import nn
 
+import pixelss.backbones.timm_resnet38  # noqa: F401
 from pixelss.backbones.any_timm import timm_backbone
 from pixelss.backbones.checkpoints import load_resnet38
 from pixelss.backbones.resnet38 import ResNet38
@@ -102,6 +103,7 @@ def test_resnet38_as_backbone() -> None:
             timm_backbone("resnet38", pretrained=True)
 
 
+@pytest.mark.usefixtures("no_draws")
 def test_published_weights_load_into_the_classifier(tmp_path: Path) -> None:
     net = timm.create_model("resnet38", num_classes=2)
     torch.save({"bn7.bias": torch.full((4096,), 3.0), "fc8.weight": torch.zeros(2, 4096)}, tmp_path / "weights.pth")
@@ -109,7 +111,15 @@ def test_published_weights_load_into_the_classifier(tmp_path: Path) -> None:
     assert net.backbone.bn7.bias.eq(3).all()
 
 
+@pytest.mark.processes
 def test_pixelss_does_not_import_timm() -> None:
     code = "import sys, pixelss, pixelss.backbones.checkpoints; print('timm' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+@pytest.mark.processes
+def test_timm_backbone_knows_resnet38_without_an_import() -> None:
+    code = "import torch, pixelss; torch.set_default_device('meta'); print(pixelss.timm_backbone('resnet38').stride)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "8"

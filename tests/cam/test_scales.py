@@ -32,7 +32,7 @@ BLOCKS = {
     "multi_scale_forward": Block(
         lambda b, network: multi_scale_forward(network, b.probs[:, :2], scales=(0.5, 1.3))[1].cam,
         make=lambda b: nn.Sequential(nn.Conv2d(2, 4, 3, 2, 1), CAMHead(4, b.classes, dim=4)),
-        but={"half": "its network runs in the user's precision"},
+        but={"half": "its network runs in the user's precision", "checks": "its network checks the device"},
     ),
 }
 

@@ -26,7 +26,11 @@ BLOCKS = {
     "EMATeacher": Block(
         lambda b, teacher: teacher(b.features),
         make=lambda b: EMATeacher(nn.Conv2d(b.features.shape[1], 2, 1)),
-        but={"half": "its network runs in the user's precision", "gradient": "a teacher carries none"},
+        but={
+            "half": "its network runs in the user's precision",
+            "gradient": "a teacher carries none",
+            "checks": "its network checks",
+        },
     ),
 }
 

@@ -48,6 +48,8 @@ def timm_backbone(name: str, *, output_stride: int = 8, pretrained: bool = False
     import timm  # here: it takes seconds, and most users of the blocks never ask for it
     from timm.models._features import FeatureGetterNet
 
+    import pixelss.backbones.timm_resnet38  # noqa: F401  # so that timm knows "resnet38"
+
     check_count("output_stride", output_stride)
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
