@@ -27,10 +27,12 @@ collect_ignore = ["golden/make_crf.py"]  # a script that needs the extra crf-ref
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the pipeline's tests by their place, and as `unit` whatever has no other mark."""
+    """Mark the pipeline's tests by their place, those that compile by name, and as `unit` what has no other mark."""
     for item in items:
         if PIPELINE.search(item.path.as_posix()):
             item.add_marker(pytest.mark.pipeline)
+        if "compile" in item.name:
+            item.add_marker(pytest.mark.inductor)
         if not NOT_UNIT & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.unit)
 

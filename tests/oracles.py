@@ -55,12 +55,12 @@ def neighbours(target: int, targets: int, sources: int) -> list[tuple[int, float
 
 def bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize (..., h, w) to (..., H, W), bilinear, align_corners False."""
-    (h, w), (H, W) = x.shape[-2:], size
-    pixels = [
-        sum(a * b * x[..., u, v] for (u, a), (v, b) in product(neighbours(i, H, h), neighbours(j, W, w)))
-        for i, j in product(range(H), range(W))
-    ]
-    return torch.stack(pixels, -1).view(*x.shape[:-2], H, W)
+    rows, columns = (torch.zeros(T, S).to(x) for T, S in zip(size, x.shape[-2:], strict=True))
+    for weights in (rows, columns):
+        for target in range(len(weights)):
+            for cell, weight in neighbours(target, *weights.shape):
+                weights[target, cell] += weight
+    return rows @ x @ columns.mT
 
 
 def active(cam: Tensor) -> Tensor:

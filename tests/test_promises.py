@@ -174,7 +174,7 @@ def test_gradcheck(name):
 @pytest.mark.parametrize(
     ("name", "backend"),
     [(name, "aot_eager") for name, block in BLOCKS.items() if "compile" not in block.but]
-    + [pytest.param(name, "inductor", marks=pytest.mark.inductor) for name, block in BLOCKS.items() if block.inductor],
+    + [(name, "inductor") for name, block in BLOCKS.items() if block.inductor],
 )
 def test_compiled_equals_eager(name, backend, device):
     torch.compiler.reset()
