@@ -28,6 +28,7 @@ RECIPES = sorted((EXAMPLES / "recipes").glob("*.py"))
 NO_EQUATION = {"resnet38", "any_timm", "overlays", "plots", "io"}
 NO_PICTURE = {
     "io": "it reads and writes files",
+    "classifier": "its CAMs look as others do",
     "refine/labels": "the CRF shows the same step",
     "confident": "two maps in, one out",
     "resnet38": "without trained weights a backbone shows nothing",

@@ -30,7 +30,7 @@ from tests.strategies import SIZES, batches, make_batch
 SIGNATURES = {
     "background_score": "(cam, *, alpha)",
     "label_probs": "(mask, num_classes, *, gt_prob=0.7, ignore_index=255)",
-    "normalize_cam": "(cam, *, eps=1e-05)",
+    "normalize_cam": "(cam, *, kind='max', eps=1e-05)",
 }
 
 BLOCKS = {

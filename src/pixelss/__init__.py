@@ -12,7 +12,7 @@
 
 from pixelss.affinity import AffinityHead, affinity_labels, pair_offsets
 from pixelss.backbones import LoadReport, ResNet38, freeze_norm, load_resnet38, resnet38, timm_backbone
-from pixelss.cam import CAMHead, CAMOutput, msinf_cam, multi_scale_forward, normalize_cam
+from pixelss.cam import CAMHead, CAMOutput, classifier_cam, msinf_cam, multi_scale_forward, normalize_cam
 from pixelss.losses import (
     MultiScaleAttentiveLoss,
     RegionalContrastiveLoss,
@@ -70,6 +70,7 @@ __all__ = [
     "background_score",
     "class_prototypes",
     "class_region_mask",
+    "classifier_cam",
     "confident_mask",
     "dense_crf",
     "direct_loss",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from pixelss._checks import check_count, check_integer, check_number, check_tensor
+from pixelss._checks import check_choice, check_count, check_integer, check_number, check_tensor
 from pixelss._dtype import activation
 from pixelss._labels import valid_pixels
 
 
-def normalize_cam(cam: Tensor, *, eps: float = 1e-5) -> Tensor:
+def normalize_cam(cam: Tensor, *, kind: Literal["max", "minmax"] = "max", eps: float = 1e-5) -> Tensor:
     """Return `relu(cam)` divided by its maximum over the pixels, per image and class.
 
     The maximum of a live map is then exactly 1; a map whose maximum is not above `eps` becomes all zeros. The
@@ -18,25 +20,36 @@ def normalize_cam(cam: Tensor, *, eps: float = 1e-5) -> Tensor:
 
     Args:
         cam: raw class activation maps.
-        eps: the largest maximum that counts as no activation at all.
+        kind: "max", or "minmax" for relu(relu(A) - min - eps) / (max - min + eps), min and max those of relu(A): SEAM's
+            and CPN's. Its maximum is a little below 1, and a constant map becomes zeros.
+        eps: the largest maximum that counts as no activation at all; with "minmax", what keeps the quotient finite.
 
     Shape:
         (B, N, H, W) -> (B, N, H, W) in [0, 1]; float32 for half-precision input.
 
     Raises:
-        TypeError, ValueError: `cam` is no floating tensor of four dimensions, `eps` is negative.
+        TypeError, ValueError: `cam` is no floating tensor of four dimensions, `kind` is unknown, `eps` is
+            negative, or zero with "minmax".
 
     Reference:
-        Zhou 2016, "Learning Deep Features for Discriminative Localization".
+        Zhou 2016, "Learning Deep Features for Discriminative Localization"; "minmax" is that of
+        Wang 2020, "Self-supervised Equivariant Attention Mechanism".
 
     Example:
         >>> normalize_cam(torch.tensor([[[[-1.0, 2.0, 4.0]]]]))
         tensor([[[[0.0000, 0.5000, 1.0000]]]])
+        >>> normalize_cam(torch.tensor([[[[1.0, 2.0, 5.0]]]]), kind="minmax")
+        tensor([[[[0.0000, 0.2500, 1.0000]]]])
     """
     check_tensor("cam", cam, "BNHW")
-    check_number("eps", eps, low=0, high=float("inf"))
+    check_choice("kind", kind, ("max", "minmax"))
+    smallest = torch.finfo(torch.float32).tiny if kind == "minmax" else 0
+    check_number("eps", eps, low=smallest, high=float("inf"))
     cam = activation(cam).relu()
     peak = cam.amax((-2, -1), keepdim=True)
+    if kind == "minmax":
+        low = cam.amin((-2, -1), keepdim=True)
+        return (cam - low - eps).relu() / (peak - low + eps)
     alive = peak > eps
     return torch.where(alive, cam / torch.where(alive, peak, 1), 0)
 

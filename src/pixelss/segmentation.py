@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,9 @@ class LargeFOV(nn.Module):
         >>> LargeFOV(64, num_classes=20)(torch.rand(2, 64, 41, 41)).shape
         torch.Size([2, 21, 41, 41])
     """
+
+    if TYPE_CHECKING:  # nn.Module's own call says Any
+        __call__: Callable[..., Tensor]
 
     def __init__(self, in_channels: int, num_classes: int, *, norm: bool = False) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ from tests.test_maps import normalize_cam_by_loops
 
 SIGNATURES = {
     "msinf_cam": "(cams, tags, *, size=None)",
-    "multi_scale_forward": "(model, images, *, scales=(0.5, 1.0, 2.0))",
+    "multi_scale_forward": "(model, images, *, scales=(0.5, 1.0, 2.0), flip=False)",
 }
 
 BLOCKS = {

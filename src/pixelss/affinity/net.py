@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,9 @@ class AffinityHead(nn.Module):
         >>> head([torch.rand(2, 8, 14, 14), torch.rand(2, 16, 14, 14)]).shape
         torch.Size([2, 34, 14, 14])
     """
+
+    if TYPE_CHECKING:  # nn.Module's own call says Any
+        __call__: Callable[..., Tensor]
 
     def __init__(
         self,

@@ -1,15 +1,12 @@
 """ResNet38 with published weights (MXNet .params, torch .pth, .safetensors): read, checked, then copied.
 
-The files come from strangers. The format is told by the content, nothing in a file is executed, no size is
-believed before it is checked, and a file with any fault leaves the model as it was.
+The files come from strangers: a file with any fault leaves the model as it was.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pixelss.backbones.mxnet import MAGIC, read_mxnet_params, torch_name
+from pixelss.backbones.files import read_weights, under_prefixes, unwrapped
+from pixelss.backbones.mxnet import torch_name
 from pixelss.backbones.resnet38 import ResNet38
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _COUNTER = "num_batches_tracked"  # absent from old files, and unused by a norm with a fixed momentum
 
 
@@ -35,9 +32,11 @@ class LoadReport(NamedTuple):
 def load_resnet38(model: nn.Module, path: str | os.PathLike[str]) -> LoadReport:
     """Copy published weights into the one ResNet38 inside `model`.
 
-    The file is an MXNet `.params` file, a torch file (a state dict, or one under "state_dict", "model_state_dict",
-    "model" or "net"; loaded with `weights_only=True`) or a `.safetensors` file. The names may carry a common
-    prefix, such as "module." or "backbone."; values are cast to the model's dtype.
+    The file is an MXNet `.params` file, a torch file (a state dict, or one under "state_dict", "model", "teacher",
+    "net" and the like; loaded with `weights_only=True`) or a `.safetensors` file. The names may carry a common
+    prefix, such as "backbone.", and what the wrappers of DistributedDataParallel, FSDP, activation checkpointing
+    and torch.compile put anywhere into them; values are cast to the model's dtype. Warns where most of the network is
+    missing.
 
     Args:
         model: a ResNet38, or any module that contains exactly one.
@@ -50,25 +49,34 @@ def load_resnet38(model: nn.Module, path: str | os.PathLike[str]) -> LoadReport:
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: `model` contains no ResNet38, or several.
-        ValueError: the file is damaged, ambiguous or of no known format, holds no tensor of ResNet38, or holds one
-            of another shape, another kind of dtype or with a value that is not finite. The model is then unchanged.
+        ValueError: the file is damaged, ambiguous or of no known format, holds objects that could run code or no tensor
+            of ResNet38, or holds one of another shape, another kind of dtype or with a value that is not finite. The
+            model is then unchanged.
 
     Reference:
         Wu 2016, "Wider or Deeper", who published the weights.
 
     Example:
+        >>> import warnings
         >>> from tempfile import TemporaryDirectory
         >>> model = nn.Sequential(resnet38(), nn.Conv2d(4096, 20, 1))
         >>> with TemporaryDirectory() as folder:
         ...     path = Path(folder, "old.pth")
         ...     torch.save({"module.bn7.bias": torch.ones(4096), "module.fc8.weight": torch.ones(20, 4096)}, path)
-        ...     report = load_resnet38(model, path)
+        ...     with warnings.catch_warnings(record=True) as told:  # that 190 tensors are missing
+        ...         report = load_resnet38(model, path)
         >>> report.loaded, report.skipped, len(report.missing)
         (('bn7.bias',), ('module.fc8.weight',), 190)
     """
-    path = Path(path)
+    report = _load(model, Path(path))
+    if len(report.missing) > len(report.loaded):
+        _warn_of_missing(path, report, stacklevel=3)
+    return report
+
+
+def _load(model: nn.Module, path: Path) -> LoadReport:
     own = _find_resnet38(model).state_dict()
-    tensors = _read(path)
+    tensors = read_weights(path)
     names = _match(path, tensors, own)
     values = {key: _fit(path, name, tensors[name], own[key]) for key, name in names.items()}
     with torch.no_grad():
@@ -95,78 +103,9 @@ def _find_resnet38(model: nn.Module) -> ResNet38:
     return found[0]
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
-    with path.open("rb") as file:
-        head = file.read(9)
-    if head[:8] == MAGIC:
-        return {name: torch.from_numpy(array) for name, array in read_mxnet_params(path).items()}
-    safe = head[8:] == b"{"
-    if not safe and head[:4] != b"PK\x03\x04" and head[:1] != b"\x80":
-        raise ValueError(f"{path} is neither an MXNet, a torch nor a safetensors file: it begins with {head!r}.")
-    try:
-        content = _read_safetensors(path) if safe else _read_torch(path, zipped=head[:2] == b"PK")
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:  # whatever a damaged pickle can raise
-        first_line = str(error).partition("\n")[0]
-        reader = "safetensors" if safe else "torch.load(weights_only=True)"
-        raise ValueError(f"{path} is damaged or unsafe, {reader} rejects it: {first_line}") from error
-    return _check_state_dict(path, content)
-
-
-def _read_safetensors(path: Path) -> object:
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)  # checks everything but repeated names, of which it keeps the last
-    with path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
-    json.loads(header, object_pairs_hook=_unique)
-    return tensors
-
-
-def _unique(pairs: list[tuple[str, object]]) -> None:
-    for name, times in Counter(name for name, _ in pairs).items():
-        if times > 1:
-            raise ValueError(f"its header names {name!r} {times} times")
-
-
-def _read_torch(path: Path, *, zipped: bool) -> object:
-    with path.open("rb") as file:
-        if not zipped:  # the format before torch 1.6, which cannot be mapped
-            content = torch.load(file, map_location="cpu", weights_only=True)
-            ended = not file.read(1)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            file.seek(-22, os.SEEK_END)
-            ended = file.read(4) == b"PK\x05\x06"
-    if not ended:
-        raise ValueError("it goes on after its end")
-    return content
-
-
-def _check_state_dict(path: Path, content: object) -> Mapping[str, Tensor]:
-    for _ in range(2):  # {"model": {"state_dict": ...}} at most: a pickle can contain itself
-        if isinstance(content, Mapping):
-            content = next((content[w] for w in _WRAPPERS if isinstance(content.get(w), Mapping)), content)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} must hold a state dict, but holds a {type(content).__name__}.")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{path} must hold tensors only, but its {name!r} is a {type(value).__name__}.")
-    return content
-
-
 def _match(path: Path, tensors: Iterable[str], own: Mapping[str, Tensor]) -> dict[str, str]:
     """Pair ResNet38's names with the file's, whatever one prefix the latter share: {own name: file name}."""
-    found: dict[str, dict[str, str]] = {}
-    for name in tensors:
-        parts = torch_name(name).split(".")
-        for start in (len(parts) - 2, len(parts) - 3):
-            key = ".".join(parts[max(start, 0) :])
-            if start >= 0 and key in own:
-                twin = found.setdefault(".".join(parts[:start]), {}).setdefault(key, name)
-                if twin != name:
-                    raise ValueError(f"{path} holds {key} twice, as {twin!r} and as {name!r}.")
+    found = under_prefixes(path, {name: unwrapped(torch_name(name)) for name in tensors}, own)
     if not found:
         raise ValueError(f"{path} holds no tensor of ResNet38, such as conv1a.weight.")
     best = max(len(names) for names in found.values())
@@ -219,8 +158,14 @@ def resnet38(weights: str | os.PathLike[str] | None = None) -> ResNet38:
     """
     model = ResNet38()
     if weights is not None:
-        missing = load_resnet38(model, weights).missing
-        if missing:
-            lacks = f"{os.fspath(weights)} lacks {len(missing)} tensors of ResNet38: {', '.join(missing[:3])}, ..."
-            warnings.warn(f"{lacks} They keep their initial values.", stacklevel=2)
+        report = _load(model, Path(weights))
+        if report.missing:
+            _warn_of_missing(weights, report, stacklevel=3)
     return model
+
+
+def _warn_of_missing(path: str | os.PathLike[str], report: LoadReport, stacklevel: int) -> None:
+    missing = report.missing
+    lacks = f"{os.fspath(path)} lacks {len(missing)} tensors of ResNet38: {', '.join(missing[:3])}, ..."
+    others = f" It holds others: {', '.join(report.skipped[:3])}, ..." if report.skipped else ""
+    warnings.warn(f"{lacks} They keep their initial values.{others}", stacklevel=stacklevel)

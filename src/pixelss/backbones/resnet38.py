@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
@@ -81,6 +84,9 @@ class ResNet38(nn.Module):
         >>> features.shape
         torch.Size([2, 4096, 9, 12])
     """
+
+    if TYPE_CHECKING:  # nn.Module's own call says Any
+        __call__: Callable[..., Tensor]
 
     out_channels = 4096
     stride = 8

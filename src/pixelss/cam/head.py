@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
@@ -50,6 +51,9 @@ class CAMHead(nn.Module):
         >>> out.features.shape, out.cam.shape, out.logits.shape
         (torch.Size([2, 256, 24, 24]), torch.Size([2, 20, 24, 24]), torch.Size([2, 20]))
     """
+
+    if TYPE_CHECKING:  # nn.Module's own call says Any
+        __call__: Callable[..., CAMOutput]
 
     def __init__(self, in_channels: int, num_classes: int, *, dim: int = 256) -> None:
         super().__init__()

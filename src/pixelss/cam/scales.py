@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pixelss._checks import TAGS_HINT, check_count, check_maps, check_scales, check_tensor
+from pixelss._checks import TAGS_HINT, check_choice, check_count, check_maps, check_scales, check_tensor
 from pixelss._dtype import activation
 from pixelss._maps import normalize_cam
 from pixelss._resize import resize, scaled_side
@@ -15,7 +15,11 @@ from pixelss.cam.head import CAMOutput
 
 
 def multi_scale_forward(
-    model: Callable[[Tensor], CAMOutput], images: Tensor, *, scales: Sequence[float] = (0.5, 1.0, 2.0)
+    model: Callable[[Tensor], CAMOutput],
+    images: Tensor,
+    *,
+    scales: Sequence[float] = (0.5, 1.0, 2.0),
+    flip: bool = False,
 ) -> tuple[CAMOutput, ...]:
     """Run `model` on the images at every scale; CAMs come back at the images' size.
 
@@ -23,14 +27,16 @@ def multi_scale_forward(
         model: maps images (B, 3, *, *) to a `CAMOutput`: student, teacher, wrapped or not.
         images: the normalised batch I_m; `model` sees its dtype and memory format.
         scales: factors of the image size; a side has `max(1, floor(H * scale + 1/2))` pixels.
+        flip: run every scale on the mirrored batch too and return the means of both, maps mirrored back. Most
+            published CAM inference does so; it costs twice the time.
 
     Shape:
         (B, C, H, W) -> one `CAMOutput` a scale: `features` native (B, D, h, w), `cam` raw, bilinearly resized to
         (B, N, H, W), `logits` (B, N).
 
     Raises:
-        TypeError, ValueError: images of another rank, no scale or one that is not positive, a `model` that
-            does not return a `CAMOutput`.
+        TypeError, ValueError: images of another rank, no scale or one that is not positive, `flip` that is no bool, a
+            `model` that does not return a `CAMOutput`.
 
     Reference:
         Yoon 2021, "Exploring Pixel-level Self-supervision", section 3.
@@ -45,26 +51,40 @@ def multi_scale_forward(
     """
     _, _, H, W = check_tensor("images", images, "BCHW", hint="A single image? Pass images[None].")
     check_scales(scales)
+    check_choice("flip", flip, (True, False))
     outputs = []
     for scale in scales:
         scaled = resize(images, (scaled_side(H, scale), scaled_side(W, scale))).to(images.dtype)
-        if images.is_contiguous(memory_format=torch.channels_last):
-            scaled = scaled.contiguous(memory_format=torch.channels_last)
-        output = model(scaled)
-        if not isinstance(output, CAMOutput):
-            raise TypeError(
-                f"model must return a CAMOutput(features, cam, logits), but returned type {type(output).__name__}."
-                " End it with a CAMHead, or wrap what it returns."
+        output = _run(model, scaled, images)
+        if flip:
+            mirrored = _run(model, scaled.flip(-1), images)
+            output = CAMOutput(
+                features=(output.features + mirrored.features.flip(-1)) / 2,
+                cam=(output.cam + mirrored.cam.flip(-1)) / 2,
+                logits=(output.logits + mirrored.logits) / 2,
             )
         outputs.append(output._replace(cam=resize(output.cam, (H, W))))
     return tuple(outputs)
+
+
+def _run(model: Callable[[Tensor], CAMOutput], scaled: Tensor, images: Tensor) -> CAMOutput:
+    """Return the model's output for `scaled`, in the memory format of `images`."""
+    if images.is_contiguous(memory_format=torch.channels_last):
+        scaled = scaled.contiguous(memory_format=torch.channels_last)
+    output = model(scaled)
+    if not isinstance(output, CAMOutput):
+        raise TypeError(
+            f"model must return a CAMOutput(features, cam, logits), but returned type {type(output).__name__}."
+            " End it with a CAMHead, pass a trained classifier through classifier_cam, or wrap what it returns."
+        )
+    return output
 
 
 def msinf_cam(cams: Sequence[Tensor], tags: Tensor, *, size: tuple[int, int] | None = None) -> Tensor:
     """Return the multi-scale inferred CAM: resize, ReLU, sum over scales, drop absent classes, normalise.
 
     Args:
-        cams: raw CAMs, one tensor a scale; a flipped copy, flipped back, is one more entry.
+        cams: raw CAMs, one tensor a scale; a flipped copy, flipped back, may be one more entry.
         tags: image-level labels, multi-hot of any dtype: present where > 0, so of probabilities pass tags > 0.5.
         size: (H, W) of the result; None where all CAMs share one size already.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from einops import einsum
@@ -79,7 +80,7 @@ def multi_scale_attentive_loss(
     tags: Tensor,
     *,
     attentive: bool = True,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
     """Return Yoon Eq. 8: the L1 distance of the student's CAMs to their `attentive_target`, summed over its scales.
 
@@ -147,10 +148,14 @@ class MultiScaleAttentiveLoss(nn.Module):
         True
     """
 
-    def __init__(self, *, attentive: bool = True, reduction: str = "mean") -> None:
+    if TYPE_CHECKING:  # nn.Module's own call says Any
+        __call__: Callable[..., Tensor]
+
+    def __init__(self, *, attentive: bool = True, reduction: Literal["mean", "sum"] = "mean") -> None:
         super().__init__()
         _check_settings(attentive, reduction)
-        self.attentive, self.reduction = attentive, reduction
+        self.attentive = attentive
+        self.reduction: Literal["mean", "sum"] = reduction
 
     def forward(self, student_cams: Sequence[Tensor], teacher_cams: Sequence[Tensor], tags: Tensor) -> Tensor:
         """Return the loss of the student's normalised CAMs against the teacher's."""

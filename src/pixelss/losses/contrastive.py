@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
 import torch
 from einops import einsum
 from torch import Tensor, nn
@@ -20,8 +23,8 @@ def regional_contrastive_loss(
     filled: Tensor | None = None,
     *,
     temperature: float = 0.5,
-    form: str = "infonce",
-    reduction: str = "mean",
+    form: Literal["infonce", "ratio"] = "infonce",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     ignore_index: int = 255,
 ) -> Tensor:
     """Return the regional contrastive loss of Yoon Eq. 4, Yoon Eq. 5, exact at the mask's resolution.
@@ -133,18 +136,22 @@ class RegionalContrastiveLoss(nn.Module):
         torch.Size([])
     """
 
+    if TYPE_CHECKING:  # nn.Module's own call says Any
+        __call__: Callable[..., Tensor]
+
     def __init__(
         self,
         temperature: float = 0.5,
         *,
-        form: str = "infonce",
-        reduction: str = "mean",
+        form: Literal["infonce", "ratio"] = "infonce",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
         _check_settings(temperature, form, reduction, ignore_index)
-        self.temperature, self.form = temperature, form
-        self.reduction, self.ignore_index = reduction, ignore_index
+        self.temperature, self.ignore_index = temperature, ignore_index
+        self.form: Literal["infonce", "ratio"] = form
+        self.reduction: Literal["mean", "sum", "none"] = reduction
 
     def forward(self, features: Tensor, mask: Tensor, prototypes: Tensor, filled: Tensor | None = None) -> Tensor:
         """Return the loss of student features under a mask, against a bank's prototypes."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +98,9 @@ class DenseCRF(nn.Module):
         >>> crf(images, torch.rand(1, 2, 8, 9)).shape
         torch.Size([1, 2, 8, 9])
     """
+
+    if TYPE_CHECKING:  # nn.Module's own call says Any
+        __call__: Callable[..., Tensor]
 
     def __init__(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import einsum
 from torch import Tensor, nn
@@ -73,18 +75,19 @@ class PrototypeBank(nn.Module):
 
     Args:
         num_classes: foreground classes N; K = N + 1 rows.
-        dim: feature channels D.
+        dim: feature channels D; None takes those of the first features, or of the state that is loaded first.
         ignore_index: the mask's void value.
 
     Attributes:
-        prototypes: (K, D), unnormalised.
+        prototypes: (K, D), unnormalised; (K, 0) as long as D is not known.
         filled: (K,) bool, False until the class was seen once.
 
     Shape:
         `update` takes (B, D, h, w) and (B, H, W); see `class_prototypes`.
 
     Raises:
-        TypeError, ValueError: as `class_prototypes`; features whose channels are not `dim`.
+        TypeError, ValueError: as `class_prototypes`; features whose channels are not `dim`, or not those of the other
+            processes.
 
     Reference:
         Yoon 2021, "Exploring Pixel-level Self-supervision", section 3.3.
@@ -99,13 +102,15 @@ class PrototypeBank(nn.Module):
     prototypes: Tensor
     filled: Tensor
 
-    def __init__(self, num_classes: int, dim: int = 256, *, ignore_index: int = 255) -> None:
+    def __init__(self, num_classes: int, dim: int | None = 256, *, ignore_index: int = 255) -> None:
         super().__init__()
         check_count("num_classes", num_classes)
-        check_count("dim", dim)
+        if dim is not None:
+            check_count("dim", dim)
         check_integer("ignore_index", ignore_index)
-        self.num_classes, self.dim, self.ignore_index = num_classes, dim, ignore_index
-        self.register_buffer("prototypes", torch.zeros(num_classes + 1, dim))
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self._any_dim = dim is None
+        self.register_buffer("prototypes", torch.zeros(num_classes + 1, dim or 0))
         self.register_buffer("filled", torch.zeros(num_classes + 1, dtype=torch.bool))
 
     @torch.no_grad()
@@ -115,8 +120,11 @@ class PrototypeBank(nn.Module):
         Every process must call it, with an empty batch too.
         """
         hint = "dim must be the number of feature channels."
-        check_tensor("features", features, "BDhw", like=self.prototypes, hint=hint, D=self.dim)
+        _, D, _, _ = check_tensor("features", features, "BDhw", like=self.prototypes)
+        check_tensor("features", features, "BDhw", hint=hint, D=self.dim or D)
         rows, pixels = class_prototypes(features, mask, self.num_classes, ignore_index=self.ignore_index)
+        if self.dim is None:
+            self._take_dim(D)
         images = (pixels > 0).to(rows.dtype)  # (B, K): which show the class
         total = sum_over_processes(torch.cat([rows.sum(0), images.sum(0)[:, None]], dim=1))  # (K, D + 1)
         sums, images = total[:, :-1], total[:, -1:]
@@ -124,6 +132,31 @@ class PrototypeBank(nn.Module):
         seen = (images > 0) & rows.isfinite().all(1, keepdim=True)
         self.prototypes.copy_(torch.where(seen, rows, self.prototypes))
         self.filled.logical_or_(seen[:, 0])
+
+    @property
+    def dim(self) -> int | None:
+        """Feature channels D; None as long as they are not known."""
+        return self.prototypes.shape[1] or None
+
+    def _take_dim(self, dim: int) -> None:
+        own = torch.tensor([1, dim, dim**2], device=self.prototypes.device)
+        total = sum_over_processes(own)
+        if total is not own:  # several processes: before they reduce tensors of different sizes
+            processes, summed, squares = total.tolist()
+            if processes * squares != summed**2:
+                raise ValueError(f"features must have as many channels in every process, but have {dim} in this one.")
+        self.prototypes.resize_(self.num_classes + 1, dim).zero_()  # in place: whoever holds the buffer sees it
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the width of the state where that of the bank was left open; an unseen bank's state fits any."""
+        name = f"{prefix}prototypes"
+        value, own = state_dict.get(name), self.prototypes
+        if isinstance(value, Tensor) and value.ndim == 2 and len(value) == len(own):
+            if self._any_dim:
+                own.resize_(value.shape)
+            elif value.shape[1] == 0:
+                state_dict = {**state_dict, name: torch.zeros_like(own)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset(self) -> None:
         """Forget every class."""

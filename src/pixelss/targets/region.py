@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +56,9 @@ class ClassRegionMask(nn.Module):
         >>> region(torch.rand(2, 20, 8, 8), torch.ones(2, 20)).shape
         torch.Size([2, 8, 8])
     """
+
+    if TYPE_CHECKING:  # nn.Module's own call says Any
+        __call__: Callable[..., Tensor]
 
     def __init__(self, threshold: float = 0.2) -> None:
         super().__init__()
