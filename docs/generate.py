@@ -78,6 +78,12 @@ BIBLIOGRAPHY = {
         "2017",
         arxiv("1706.05587"),
     ),
+    "Chen 2020": Paper(
+        "Liyi Chen, Weiwei Wu, Chenchen Fu, Xiao Han, Yuntao Zhang",
+        "Weakly Supervised Semantic Segmentation with Boundary Exploration",
+        "ECCV 2020",
+        "https://github.com/mt-cly/BES",
+    ),
     "Everingham 2015": Paper(
         "Mark Everingham, S. M. Ali Eslami, Luc Van Gool, Christopher K. I. Williams, John Winn, Andrew Zisserman",
         "The PASCAL Visual Object Classes Challenge: A Retrospective",
@@ -132,6 +138,12 @@ BIBLIOGRAPHY = {
         "Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation",
         "2021",
         arxiv("2112.05351"),
+    ),
+    "Zhang 2020": Paper(
+        "Bingfeng Zhang, Jimin Xiao, Yunchao Wei, Mingjie Sun, Kaizhu Huang",
+        "Reliability Does Matter: An End-to-End Weakly Supervised Semantic Segmentation Approach",
+        "AAAI 2020",
+        arxiv("1911.08039"),
     ),
     "Zhou 2016": Paper(
         "Bolei Zhou, Aditya Khosla, Agata Lapedriza, Aude Oliva, Antonio Torralba",

@@ -9,13 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import product
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+FIELD = Path(__file__).parent / "golden" / "field"
+
+
+def field(name: str) -> dict[str, Tensor]:
+    """Return what a method's public code returned, see golden/field/README.md."""
+    with np.load(FIELD / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
 
 def value_and_grads(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:

@@ -35,6 +35,10 @@ NO_PICTURE = {
     "any_timm": "without trained weights a backbone shows nothing",
     "affinity": "the labels and the head have one each",
     "cross_entropy": "the segmentation network has one",
+    "path": "the labels of pairs have one",
+    "boundary": "the labels of pairs have one",
+    "reliable": "the CRF has one",
+    "correlation": "the CAM head has one",
 }
 
 

@@ -3,6 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pixelss import (
+    ConfusionMatrix,
+    PrototypeBank,
+    ThresholdSweep,
+    balanced_cross_entropy,
+    boundary_mask,
+    class_prototypes,
+    direct_loss,
+    label_probs,
+    multi_scale_cross_entropy,
+    regional_contrastive_loss,
+)
 from pixelss._labels import mean_over, valid_pixels
 from tests.oracles import labelled, value_and_grads
 from tests.strategies import make_batch, noise
@@ -38,3 +50,32 @@ def test_mean_over_nothing_is_zero_on_the_graph():
     mean.backward()
     assert mean == 0
     assert not values.grad.any()
+
+
+IMAGE = torch.zeros(1, 1, 1, dtype=torch.int64)
+OF_256_CLASSES = {  # what takes both a number of classes and a void value
+    "class_prototypes": lambda **void: class_prototypes(torch.ones(1, 2, 1, 1), IMAGE, 255, **void),
+    "PrototypeBank": lambda **void: PrototypeBank(255, 2, **void),
+    "boundary_mask": lambda **void: boundary_mask(IMAGE, 255, **void),
+    "label_probs": lambda **void: label_probs(IMAGE, 255, **void),
+    "direct_loss": lambda **void: direct_loss(torch.ones(1, 255, 1, 1), IMAGE, torch.ones(1, 255), **void),
+    "regional_contrastive_loss": lambda **void: regional_contrastive_loss(
+        torch.ones(1, 2, 1, 1), IMAGE, torch.ones(256, 2), **void
+    ),
+    "multi_scale_cross_entropy": lambda **void: multi_scale_cross_entropy([torch.ones(1, 256, 1, 1)], IMAGE, **void),
+    "balanced_cross_entropy": lambda **void: balanced_cross_entropy(torch.ones(1, 256, 1, 1), IMAGE, **void),
+    "ConfusionMatrix": lambda **void: ConfusionMatrix(256, **void),
+    "ThresholdSweep": lambda **void: ThresholdSweep(255, **void),
+}
+
+
+@pytest.mark.parametrize("name", OF_256_CLASSES)
+def test_the_default_void_value_is_refused_where_it_is_a_class(name):
+    with pytest.raises(ValueError, match=r"ignore_index must be no class, but 255.* Pass ignore_index=-1"):
+        OF_256_CLASSES[name]()
+    OF_256_CLASSES[name](ignore_index=-1)
+
+
+def test_255_classes_leave_255_void():
+    assert not valid_pixels(IMAGE + 255, 255, 255)[1].any()
+    assert valid_pixels(IMAGE + 255, 256, -1)[1].all()

@@ -453,3 +453,58 @@ def fail_on_rank_1(rank: int) -> int:
 def test_run_processes_raises_what_a_process_raises() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)rank 1:.*reached rank 1"):
         run_processes(fail_on_rank_1, 2)
+
+
+@given(seed=st.integers(0, 2**32 - 1), K=st.integers(1, 5), dtype=st.sampled_from(INTEGERS))
+def test_counts_equal_numpys(seed, K, dtype):
+    g = torch.Generator().manual_seed(seed)
+    target, pred = torch.randint(0, K, (2, 2, 5, 4), generator=g)
+    target[torch.rand(target.shape, generator=g) < 0.2] = 255 if dtype == torch.uint8 else 200
+    pred[target >= K] = 77  # whatever stands under void
+    metric = ConfusionMatrix(K, ignore_index=255 if dtype == torch.uint8 else 200)
+    metric.update(pred.to(dtype), target.to(dtype))
+    valid = target < K
+    expected = np.bincount((target * K + pred)[valid].numpy(), minlength=K * K).reshape(K, K)
+    assert metric.counts.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("value", [2**32, 2**40 + 1, -(2**33)])
+def test_a_value_that_a_smaller_type_would_wrap_is_refused(value):
+    wrong, right = torch.full((1, 1, 1), value), torch.zeros(1, 1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"pred .* holds {value}"):
+        ConfusionMatrix(2).update(wrong, right)
+    with pytest.raises(ValueError, match=f"target .* holds {value}"):
+        ConfusionMatrix(2).update(right, wrong)
+
+
+def test_further_scores():
+    metric = ConfusionMatrix(4)
+    metric.update(torch.tensor([[[0, 0, 1, 2, 1]]]), torch.tensor([[[0, 1, 1, 1, 255]]]))
+    assert metric.pixel_accuracy() == 2 / 4
+    assert metric.mean_accuracy() == (1 + 1 / 3) / 2
+    assert metric.foreground_miou() == (1 / 3 + 0) / 2
+    close = {"rtol": 1e-12, "atol": 0.0, "equal_nan": True}
+    nan = math.nan
+    torch.testing.assert_close(metric.false_positives(), torch.tensor([1 / 2, 0, 1, nan], dtype=torch.float64), **close)
+    torch.testing.assert_close(metric.false_negatives(), torch.tensor([0, 2 / 3, 0, nan], dtype=torch.float64), **close)
+    total = metric.compute().iou + metric.false_positives() + metric.false_negatives()
+    assert total[:3].tolist() == pytest.approx([1, 1, 1])
+
+
+def test_table():
+    metric = ConfusionMatrix(3)
+    metric.update(torch.tensor([[[0, 0, 1, 1]]]), torch.tensor([[[0, 1, 1, 1]]]))
+    lines = metric.table(["background", "cat", "potted plant"]).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines[1:]] == ["background", "cat", "potted", "mean"]
+    assert lines[2].split() == ["cat", "66.7", "100.0", "66.7", "0.0", "33.3"]
+    assert lines[3].split()[2:] == ["-"] * 5
+    with pytest.raises(ValueError, match="class_names must be 3, the background's first, but are 2"):
+        metric.table(["cat", "dog"])
+
+
+def test_a_cast_of_a_parent_does_not_round_the_thresholds():
+    whole, cast = ThresholdSweep(3), nn.Sequential(ThresholdSweep(3)).bfloat16()[0]
+    assert torch.equal(whole.thresholds, cast.thresholds)
+    assert cast.thresholds.dtype == torch.float64
+    assert ThresholdSweep(3).to("meta").thresholds.is_meta

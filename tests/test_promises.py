@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -182,6 +183,26 @@ def test_compiled_equals_eager(name, backend, device):
     block = BLOCKS[name].on(batch)
     compiled = torch.compile(block, fullgraph=name in FIXED_SHAPE, backend=backend)
     torch.testing.assert_close(flow(compiled, batch), flow(block, batch))
+
+
+OF_ANY_SIZE = {
+    "class_prototypes": lambda s: (torch.rand(2, 5, s // 8, s // 8), torch.randint(0, 5, (2, s, s)), 4),
+    "direct_loss": lambda s: (torch.rand(2, 4, s, s), torch.randint(0, 5, (2, s, s)), torch.ones(2, 4)),
+    "msinf_cam": lambda s: ([torch.rand(2, 4, s, s)] * 2, torch.ones(2, 4)),
+    "regional_contrastive_loss": lambda s: (
+        torch.rand(2, 5, s // 8, s // 8), torch.randint(0, 5, (2, s, s)), torch.rand(5, 5)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_ANY_SIZE)
+def test_two_graphs_are_enough_for_images_of_any_size(name):
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(PUBLIC[name], backend=counter, fullgraph=True)
+    for side in (24, 32, 40, 48, 56, 64):
+        compiled(*OF_ANY_SIZE[name](side))
+    assert counter.frame_count <= 2, "one of the first size, one of any"
 
 
 def under_autocast(block: Callable[[Batch], Tensor], dtype: torch.dtype) -> Callable[[Batch], Tensor]:

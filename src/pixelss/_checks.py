@@ -44,14 +44,15 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, but is {_not_a_tensor(name, value, axes, sizes)}.")
-    expected = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in axes)
     if value.ndim != len(axes):
         was = f"has shape {tuple(value.shape)}"
-        raise ValueError(f"{name} must have shape ({expected}), but {was}.{_fix(name, value, axes, sizes, hint)}")
+        fix = _fix(name, value, axes, sizes, hint)
+        raise ValueError(f"{name} must have shape {_wanted(axes, sizes)}, but {was}.{fix}")
     for axis, size in zip(axes, value.shape, strict=True):
         if size != sizes.get(axis, size) or (size == 0 and axis not in "BP"):
             was = f"has shape {tuple(value.shape)}: {axis} is {size}"
-            raise ValueError(f"{name} must have shape ({expected}), but {was}.{_fix(name, value, axes, sizes, hint)}")
+            fix = _fix(name, value, axes, sizes, hint)
+            raise ValueError(f"{name} must have shape {_wanted(axes, sizes)}, but {was}.{fix}")
     if not _is_kind(value.dtype, kind):
         raise TypeError(f"{name} must be of {kind} dtype, but is {value.dtype}.{_CASTS[kind]}")
     if like is not None and value.device != like.device:
@@ -59,6 +60,11 @@ def check_tensor(
             f"{name} must lie on {like.device}, but lies on {value.device}: move it, or what it meets, by .to(device)."
         )
     return tuple(value.shape)
+
+
+def _wanted(axes: str, sizes: dict[str, int]) -> str:
+    """Write the wanted shape: for a message alone, since torch.compile takes a size that is printed for a constant."""
+    return f"({', '.join(f'{axis}={sizes[axis]}' if axis in sizes else axis for axis in axes)})"
 
 
 def _not_a_tensor(name: str, value: object, axes: str, sizes: dict[str, int]) -> str:
@@ -183,6 +189,15 @@ def check_integer(name: str, value: int) -> None:
     """Raise unless `value` is an integer."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, but is of type {type(value).__name__}.")
+
+
+def check_void(ignore_index: int, num_classes: int) -> None:
+    """Raise unless `ignore_index` is an integer that may be void beside K classes: 255, the default, may be a class."""
+    check_integer("ignore_index", ignore_index)
+    if ignore_index == 255 and num_classes > 255:
+        raise ValueError(
+            f"ignore_index must be no class, but 255, the default, is one of {num_classes}. Pass ignore_index=-1."
+        )
 
 
 def check_count(name: str, value: int) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pixelss._checks import check_void
+
 
 def valid_pixels(mask: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return the classes of a label map, int64 with 0 at its void pixels, and where it is not void.
 
     Void is `ignore_index`, even where it lies in 0..K-1, and every value outside 0..K-1; K is `num_classes`.
     """
+    check_void(ignore_index, num_classes)
     mask = mask.long()  # first: in uint8, -1 would compare equal to 255
     valid = (mask != ignore_index) & (mask >= 0) & (mask < num_classes)
     return mask.where(valid, 0), valid

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pixelss._checks import check_choice, check_count, check_integer, check_number, check_tensor
+from pixelss._checks import check_choice, check_count, check_number, check_tensor
 from pixelss._dtype import activation
 from pixelss._labels import valid_pixels
 
@@ -129,10 +129,15 @@ def label_probs(mask: Tensor, num_classes: int, *, gt_prob: float = 0.7, ignore_
     check_tensor("mask", mask, "BHW", kind="integer")
     check_count("num_classes", num_classes)
     check_number("gt_prob", gt_prob, low=0, high=1)
-    check_integer("ignore_index", ignore_index)
     K = num_classes + 1
     label, valid = valid_pixels(mask, K, ignore_index)
     classes = torch.arange(K, device=mask.device)[:, None, None]
     other = torch.full(classes.shape, (1 - gt_prob) / num_classes, device=mask.device)  # (K, 1, 1)
     probs = other.where(label[:, None] != classes, gt_prob)
     return probs.where(valid[:, None], 1 / K)
+
+
+def strongest_alone(cam: Tensor) -> Tensor:
+    """Return (B, K, h, w): the background 1 - max_n cam_n, and of (B, N, h, w) what equals the pixel's maximum."""
+    strongest = cam.amax(1, keepdim=True)
+    return torch.cat([1 - strongest, cam.where(cam >= strongest, 0)], 1)

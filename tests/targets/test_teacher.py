@@ -12,6 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed import fsdp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from pixelss.targets.teacher import EMATeacher
@@ -407,7 +410,8 @@ def test_another_students_shape_is_refused_before_anything_changes() -> None:
 def test_another_device_is_refused() -> None:
     student = nn.Linear(2, 2)
     teacher = EMATeacher(student)
-    check_refused(teacher, student.to("meta"), r"weight must lie on .* cpu, but lies on meta.*to\('meta'\)")
+    message = r"weight must lie on .* cpu, but lies on meta.* Build the teacher when the student has values"
+    check_refused(teacher, student.to("meta"), message)
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, math.nan])
@@ -428,3 +432,98 @@ def test_what_is_no_module_is_refused() -> None:
 
 def test_repr_shows_the_momentum() -> None:
     assert "momentum=0.997" in repr(EMATeacher(nn.Linear(1, 1)))
+
+
+class Deaf(nn.Module):
+    """A network whose `train` neither recurses nor returns itself, as one public network's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def train(self, mode: bool = True) -> None:
+        self.training = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(x)
+
+
+def test_eval_mode_does_not_depend_on_the_students_own_train() -> None:
+    teacher = EMATeacher(Deaf())
+    assert teacher.train() is teacher
+    assert torch.equal(teacher(torch.ones(100)), torch.ones(100))
+
+
+def test_nothing_has_changed_where_update_raises() -> None:
+    student = nn.Sequential(nn.Linear(2, 2))
+    student.register_buffer("steps", torch.zeros(1, dtype=torch.long))
+    teacher = EMATeacher(student)
+    teacher.module.to(torch.float8_e4m3fn)
+    student.steps.fill_(7)
+    with pytest.raises(ValueError, match=r"0\.weight must be of a dtype that can be averaged.* teacher\.float\(\)"):
+        teacher.update(student)
+    assert teacher.module.steps == 0
+
+
+def test_a_buffer_that_shares_memory_with_itself() -> None:
+    student = nn.Sequential(nn.Linear(2, 2))
+    student.register_buffer("ids", torch.zeros(1, dtype=torch.long).expand(4))
+    teacher = EMATeacher(student)
+    student.ids = torch.arange(4)
+    teacher.update(student)
+    assert teacher.module.ids.tolist() == [0, 1, 2, 3]
+
+
+def test_a_teacher_without_values_is_told_from_a_teacher_elsewhere() -> None:
+    with torch.device("meta"):
+        student = nn.Linear(2, 2)
+    teacher = EMATeacher(student)
+    check_refused(teacher, student.to_empty(device="cpu"), "Build the teacher when the student has values")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
+def test_a_scripted_part_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"plain modules, but 0 is scripted.* Build the teacher from the plain network"):
+        EMATeacher(nn.Sequential(torch.jit.script(nn.Linear(2, 2))))
+
+
+def check_sharded(rank: int) -> list[Tensor]:
+    """A sharded student's teacher against a whole one's, by FSDP2 and by tensor parallelism; and the refusals."""
+    mesh = init_device_mesh("cpu", (2,))
+
+    def sharded_data_parallel(network: nn.Module) -> None:
+        fsdp.fully_shard(network, mesh=mesh)
+
+    def tensor_parallel(network: nn.Module) -> None:
+        parallelize_module(network, mesh, {"0": ColwiseParallel()})
+
+    results = []
+    for shard in (sharded_data_parallel, tensor_parallel):
+        torch.manual_seed(0)
+        student, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU()), torch.rand(3, 4)
+        whole = copy.deepcopy(student)
+        teacher, reference = EMATeacher(student), EMATeacher(whole)
+        shard(student)
+        with pytest.raises(ValueError, match=r"0\.weight must be sharded as the teacher's, whole, but is"):
+            teacher.update(student)
+        with pytest.raises(ValueError, match=r"student must be whole .* 0\.weight is sharded.* same mesh"):
+            EMATeacher(student)
+        shard(teacher.module)
+        for network, ema in ((student, teacher), (whole, reference)):
+            optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+            for _ in range(2):
+                ema(x)  # gathers the teacher's shards
+                network(x).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                ema.update(network, momentum=0.5)
+        results += [teacher(x), reference(x)]
+    return results
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="needs a torch with fully_shard (2.6)")
+def test_sharded_alike() -> None:
+    for rank, (sharded, whole, parallel, same) in enumerate(run_processes(check_sharded, 2)):
+        torch.testing.assert_close(sharded, whole)
+        torch.testing.assert_close(parallel, same.chunk(2, 1)[rank])  # its own columns

@@ -7,18 +7,38 @@ from pixelss.losses.attentive import (
     multi_scale_attentive_loss,
     scale_dissimilarity,
 )
+from pixelss.losses.boundary import boundary_loss
 from pixelss.losses.contrastive import RegionalContrastiveLoss, regional_contrastive_loss
-from pixelss.losses.cross_entropy import multi_scale_cross_entropy
+from pixelss.losses.cross_entropy import balanced_cross_entropy, multi_scale_cross_entropy
 from pixelss.losses.direct import direct_loss
+from pixelss.losses.displacement import displacement_loss
+from pixelss.losses.energy import dense_energy_loss, energy_lattices
+from pixelss.losses.equivariance import cross_equivariance_loss, equivariance_loss, min_pooling_loss
+from pixelss.losses.reactivation import reactivation_loss
+from pixelss.losses.segment_contrast import segment_contrast
+from pixelss.losses.token_contrast import class_token_contrast, patch_token_contrast, token_affinity_loss
 
 __all__ = [
     "MultiScaleAttentiveLoss",
     "RegionalContrastiveLoss",
     "affinity_loss",
     "attentive_target",
+    "balanced_cross_entropy",
+    "boundary_loss",
+    "class_token_contrast",
+    "cross_equivariance_loss",
+    "dense_energy_loss",
     "direct_loss",
+    "displacement_loss",
+    "energy_lattices",
+    "equivariance_loss",
+    "min_pooling_loss",
     "multi_scale_attentive_loss",
     "multi_scale_cross_entropy",
+    "patch_token_contrast",
+    "reactivation_loss",
     "regional_contrastive_loss",
     "scale_dissimilarity",
+    "segment_contrast",
+    "token_affinity_loss",
 ]

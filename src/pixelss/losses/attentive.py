@@ -126,7 +126,7 @@ def multi_scale_attentive_loss(
         for cams in (student_cams, teacher_cams)
     )
     loss = (student - attentive_target(student, teacher, attentive=attentive)).abs().sum()
-    return loss if reduction == "sum" else loss / max(1, len(k) * H * W)
+    return loss if reduction == "sum" else loss / max(1, student[0].numel())
 
 
 def _check_settings(attentive: bool, reduction: str) -> None:

@@ -75,7 +75,7 @@ def regional_contrastive_loss(
     features, prototypes = features.to(dtype), normalize(prototypes.to(dtype), dim=1)
     with full_precision(features):
         products = einsum(features, prototypes, "b d h w, k d -> b k h w")
-    square = _resized_square_norm(features, (H, W))[:, None]  # (B, 1, H, W)
+    square = resized_square_norm(features, (H, W))[:, None]  # (B, 1, H, W)
     alive = square > torch.finfo(dtype).eps ** 2
     scale = torch.where(alive, torch.where(alive, square, 1).rsqrt(), 0) / temperature
     absent = features.new_zeros(K, 1, 1).masked_fill(~filled[:, None, None], torch.finfo(dtype).min)
@@ -99,7 +99,7 @@ def _check_settings(temperature: float, form: str, reduction: str, ignore_index:
     check_integer("ignore_index", ignore_index)
 
 
-def _resized_square_norm(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resized_square_norm(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Return |x_p|^2 (B, H, W) of x (B, D, h, w) bilinearly resized to `size`.
 
     With the row weights a_0, a_1 and the column weights b_0, b_1 of pixel p, the square of the interpolated

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pixelss._checks import check_integer, check_maps, check_tensor
+from pixelss._checks import check_maps, check_tensor
+from pixelss._dtype import promote
 from pixelss._labels import mean_over, valid_pixels
 from pixelss._resize import resize
 
@@ -40,7 +41,6 @@ def multi_scale_cross_entropy(logits: Sequence[Tensor], mask: Tensor, *, ignore_
     hint = "Scales share the images and the classes, background included."
     B, K, _, _ = check_maps("logits", logits, "BKhw", shared="BK", hint=hint)
     _, H, W = check_tensor("mask", mask, "BHW", kind="integer", like=logits[0], B=B)
-    check_integer("ignore_index", ignore_index)
 
     maps = [resize(one, (H, W)) for one in logits]
     if len(maps) > 1:
@@ -49,3 +49,34 @@ def multi_scale_cross_entropy(logits: Sequence[Tensor], mask: Tensor, *, ignore_
     # nll_loss has no deterministic kernel on CUDA, gather has.
     log_p = torch.stack([one.log_softmax(1).gather(1, label[:, None]).squeeze(1) for one in maps]).sum(0)
     return mean_over(-log_p, valid)
+
+
+def balanced_cross_entropy(logits: Tensor, mask: Tensor, *, ignore_index: int = 255) -> Tensor:
+    """Return the mean cross-entropy of the background's pixels plus that of the foreground's.
+
+    A part without a pixel is 0, where the public codes give NaN. Halve it for ToCo's and AFA's.
+
+    Args:
+        logits: of every class, the background first, finite.
+        mask: label map in 0..N; `ignore_index` and values out of range are void.
+        ignore_index: the mask's void value.
+
+    Shape:
+        (B, K, H, W), (B, H, W) -> scalar; float32 for half precision.
+
+    Raises:
+        TypeError, ValueError: arguments of another rank, size, dtype kind or device.
+
+    Reference:
+        Zhang 2020, "Reliability Does Matter", its joint loss.
+
+    Example:
+        >>> logits = torch.zeros(1, 2, 1, 4)
+        >>> balanced_cross_entropy(logits, torch.tensor([[[0, 0, 0, 1]]]))  # 2 log(2), however few show the class
+        tensor(1.3863)
+    """
+    B, K, H, W = check_tensor("logits", logits, "BKHW")
+    check_tensor("mask", mask, "BHW", kind="integer", like=logits, hint="Resize the logits to it.", B=B, H=H, W=W)
+    label, valid = valid_pixels(mask, K, ignore_index)
+    loss = -promote(logits).log_softmax(1).gather(1, label[:, None]).squeeze(1)
+    return mean_over(loss, valid & (label == 0)) + mean_over(loss, valid & (label > 0))

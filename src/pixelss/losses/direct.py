@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pixelss._checks import TAGS_HINT, check_integer, check_tensor
+from pixelss._checks import TAGS_HINT, check_tensor
 from pixelss._dtype import activation
 from pixelss._labels import mean_over, valid_pixels
 
@@ -41,7 +41,6 @@ def direct_loss(cam: Tensor, mask: Tensor, tags: Tensor, *, ignore_index: int = 
     B, N, H, W = check_tensor("cam", cam, "BNHW")
     check_tensor("mask", mask, "BHW", kind="integer", like=cam, B=B, H=H, W=W)
     check_tensor("tags", tags, "BN", kind="any", like=cam, hint=TAGS_HINT, B=B, N=N)
-    check_integer("ignore_index", ignore_index)
     cam = activation(cam)
     eps = torch.finfo(cam.dtype).eps
     cam = cam.clamp(eps, 1 - eps)

@@ -1,8 +1,26 @@
 """What a loss compares with: masks, prototypes, the teacher."""
 
+from pixelss.targets.boundary import boundary_mask
 from pixelss.targets.confident import confident_mask
 from pixelss.targets.prototype import PrototypeBank, class_prototypes
 from pixelss.targets.region import ClassRegionMask, class_region_mask
+from pixelss.targets.reliable import reliable_mask
 from pixelss.targets.teacher import EMATeacher
 
-__all__ = ["ClassRegionMask", "EMATeacher", "PrototypeBank", "class_prototypes", "class_region_mask", "confident_mask"]
+__all__ = [
+    "ClassRegionMask",
+    "EMATeacher",
+    "PrototypeBank",
+    "class_prototypes",
+    "class_region_mask",
+    "confident_mask",
+]
+__all__ = [
+    "ClassRegionMask",
+    "EMATeacher",
+    "PrototypeBank",
+    "boundary_mask",
+    "class_prototypes",
+    "class_region_mask",
+    "reliable_mask",
+]

@@ -8,7 +8,7 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
-from pixelss._checks import check_count, check_integer, check_tensor
+from pixelss._checks import check_count, check_tensor, check_void
 from pixelss._distributed import sum_over_processes
 from pixelss._dtype import full_precision, promote
 from pixelss._labels import valid_pixels
@@ -49,7 +49,6 @@ def class_prototypes(
     B, _, h, w = check_tensor("features", features, "BDhw")
     _, H, W = check_tensor("mask", mask, "BHW", kind="integer", like=features, B=B)
     check_count("num_classes", num_classes)
-    check_integer("ignore_index", ignore_index)
     features = promote(features)
     label, valid = valid_pixels(mask, num_classes + 1, ignore_index)
     classes = torch.arange(num_classes + 1, device=mask.device)[:, None, None]
@@ -107,7 +106,7 @@ class PrototypeBank(nn.Module):
         check_count("num_classes", num_classes)
         if dim is not None:
             check_count("dim", dim)
-        check_integer("ignore_index", ignore_index)
+        check_void(ignore_index, num_classes + 1)
         self.num_classes, self.ignore_index = num_classes, ignore_index
         self._any_dim = dim is None
         self.register_buffer("prototypes", torch.zeros(num_classes + 1, dim or 0))

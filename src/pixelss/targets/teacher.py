@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from pixelss._checks import check_number
+from pixelss._copies import named_tensors, plain_copy
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,8 +19,15 @@ class EMATeacher(nn.Module):
 
     Call `update` after each optimiser step. Floating parameters and buffers are averaged, others copied, in
     place, and paired by name; a tied tensor is averaged once. The wrappers of DistributedDataParallel,
-    DataParallel and torch.compile are looked through anywhere in the student, and the copy has none. The
-    teacher stays in eval mode whatever `train` is called on it or on a parent, and takes no gradient.
+    DataParallel and torch.compile are looked through anywhere in the student, and the copy has none. Its hooks and
+    closures hold the copy's parts where the student's hold the student's. The teacher stays in eval mode whatever
+    `train` is called on it or on a parent, and takes no gradient.
+
+    What the targets lag behind is a distance, lr / (1 - SGD's momentum) / (1 - alpha): 3.3 in the paper. Keep it there:
+    at ten times the effective rate, alpha is 1 - (1 - .997) * 10 = .97. Trainings with a lag of 15 and more collapsed.
+
+    With FSDP2 or tensor parallelism build the teacher from the whole student, then shard `teacher.module` alike: each
+    process then averages its own shards.
 
     Keep the teacher in float32: in half precision a step of (1 - alpha) is lost to rounding. A half-precision
     student is cast at each update, so `EMATeacher(student).float()` follows it.
@@ -35,8 +40,8 @@ class EMATeacher(nn.Module):
         `forward` takes and returns what the student does.
 
     Raises:
-        TypeError: `student` is no module, `momentum` no number.
-        ValueError: `momentum` is out of range.
+        TypeError: `student` is no module, or holds a scripted one; `momentum` is no number.
+        ValueError: `momentum` is out of range; the student is sharded already.
 
     Reference:
         Yoon 2021, "Exploring Pixel-level Self-supervision", the SupportNet;
@@ -57,9 +62,14 @@ class EMATeacher(nn.Module):
         super().__init__()
         _check_student(student)
         check_number("momentum", momentum, low=0, high=1)
+        if sharded := [name for name, tensor in named_tensors(student) if _is_sharded(tensor)]:
+            raise ValueError(
+                f"student must be whole when the teacher copies it, but {sharded[0]} is sharded. "
+                "Build the teacher first, then shard student and teacher.module with the same mesh and plan."
+            )
         self.momentum = momentum
-        self.module: nn.Module = _plain_copy(student, {}).requires_grad_(False)
-        self.eval()
+        self.module: nn.Module = plain_copy(student).requires_grad_(False)
+        self.train()
 
     def update(self, student: nn.Module, *, momentum: float | None = None) -> None:
         """Move every tensor towards the student's; nothing changes where an error is raised.
@@ -69,22 +79,24 @@ class EMATeacher(nn.Module):
             momentum: alpha of this call, as for a warm-up; None stands for the setting.
 
         Raises:
-            TypeError: `student` is no module, `momentum` no number.
-            ValueError: `momentum` is out of range; a tensor of either side has no partner of its name, shape
-                and device.
+            TypeError: as the constructor.
+            ValueError: `momentum` is out of range; a tensor of either side has no partner of its name, shape,
+                device and sharding; the teacher was cast to a dtype that cannot be averaged.
         """
         _check_student(student)
         alpha = self.momentum if momentum is None else momentum
         check_number("momentum", alpha, low=0, high=1)
         with torch.no_grad():
-            pairs = _pairs(dict(_named_tensors(student)), dict(_named_tensors(self.module)))
+            for network in (student, self.module):
+                _reshard(network)
+            pairs = _pairs(dict(named_tensors(student)), dict(named_tensors(self.module)))
             averaged = [(theirs.to(ours.dtype), ours) for theirs, ours in pairs if ours.is_floating_point()]
-            for theirs, ours in pairs:
-                if alpha == 0 or not ours.is_floating_point():
-                    ours.copy_(theirs)
             if averaged and 0 < alpha < 1:  # 1 keeps the teacher, from a student that is not finite too
                 # One kernel for all tensors: hundreds of launches cost more than the arithmetic on a GPU.
                 torch._foreach_lerp_([ours for _, ours in averaged], [theirs for theirs, _ in averaged], 1 - alpha)
+            for theirs, ours in pairs:
+                if alpha == 0 or not ours.is_floating_point():
+                    ours.copy_(theirs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the averaged network, without gradient."""
@@ -92,47 +104,39 @@ class EMATeacher(nn.Module):
             return self.module(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode, whatever `mode` is."""
-        return super().train(False)
+        """Stay in eval mode, whatever `mode` is and whatever a `train` of the student's own would do."""
+        for module in self.modules():
+            module.training = False
+        return self
 
     def extra_repr(self) -> str:
         """Describe the settings in the module's repr."""
         return f"momentum={self.momentum}"
 
 
+_AVERAGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def _check_student(student: nn.Module) -> None:
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a torch.nn.Module, but is a {type(student).__name__}.")
+    for name, module in student.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"student must be made of plain modules, but {name or 'the student itself'} is scripted or traced. "
+                "Build the teacher from the plain network; torch.compile may wrap either."
+            )
 
 
-def _unwrap(module: nn.Module) -> nn.Module:
-    """Return what the wrappers around `module` hold, or `module` itself."""
-    while True:
-        if isinstance(module, (DataParallel, DistributedDataParallel)):
-            module = module.module
-        elif isinstance(compiled := module._modules.get("_orig_mod"), nn.Module):  # torch.compile's only child
-            module = compiled
-        else:
-            return module
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")  # a DTensor: of FSDP2, or of tensor parallelism
 
 
-def _plain_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return a deep copy of `module` in which the content of every wrapper stands in the wrapper's place."""
-    for child in module.children():
-        _plain_copy(child, memo)
-    memo[id(module)] = plain = copy.deepcopy(_unwrap(module), memo)
-    return plain
-
-
-def _named_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter and buffer under each of its names, as if there were no wrapper."""
-    module = _unwrap(module)
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None:
-            yield prefix + name, tensor
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _named_tensors(child, f"{prefix}{name}.")
+def _reshard(network: nn.Module) -> None:
+    """Let FSDP2 give back what a forward pass gathered: both sides then hold their shards."""
+    for module in network.modules():
+        if callable(reshard := getattr(module, "reshard", None)):
+            reshard()
 
 
 def _pairs(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -149,8 +153,30 @@ def _pairs(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> list[tuple
                 f"{tuple(theirs.shape)}. Build the teacher from this student."
             )
         if theirs.device != ours.device:
+            move = f"Call teacher.to({str(theirs.device)!r})."
+            empty = "Build the teacher when the student has values: after to_empty, then initialised or loaded."
             raise ValueError(
                 f"student's {name} must lie on the teacher's device {ours.device}, but lies on {theirs.device}. "
-                f"Call teacher.to({str(theirs.device)!r})."
+                f"{empty if 'meta' in (ours.device.type, theirs.device.type) else move}"
             )
-    return list({id(ours): (student[name], ours) for name, ours in teacher.items()}.values())
+        if _sharding(theirs) != _sharding(ours):
+            raise ValueError(
+                f"student's {name} must be sharded as the teacher's, {_sharding(ours)}, but is {_sharding(theirs)}. "
+                "Build the teacher first, then shard student and teacher.module with the same mesh and plan."
+            )
+        if ours.is_floating_point() and ours.dtype not in _AVERAGED:
+            raise ValueError(
+                f"teacher's {name} must be of a dtype that can be averaged, but is {ours.dtype}. Call teacher.float()."
+            )
+    unique = {id(ours): (student[name], ours) for name, ours in teacher.items()}
+    return [(_local(theirs), _local(ours)) for theirs, ours in unique.values()]
+
+
+def _sharding(tensor: Any) -> str:
+    """Return how a tensor is spread over processes, in words that can be compared."""
+    return f"{tensor.placements} on {tensor.device_mesh}" if _is_sharded(tensor) else "whole"
+
+
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.to_local() if _is_sharded(tensor) else tensor
+    return local

@@ -1,0 +1,76 @@
+"""The attention of a vision transformer, recorded while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from pixelss._checks import check_integer
+
+_GLOBAL = {"Attention", "AttentionRope", "EvaAttention", "RelPosAttention"}
+
+
+@contextmanager
+def vit_attention(model: nn.Module, *, blocks: Sequence[int] | None = None) -> Iterator[list[Tensor]]:
+    """Record the attention weights of a timm vision transformer while it runs.
+
+    timm's fused attention never makes the weights: within the context the blocks compute them, which changes the output
+    by rounding alone. Afterwards the model is as it was.
+
+    Args:
+        model: a timm network of the ViT, DeiT, DINOv2 or EVA kind, wherever it stands in a larger module.
+        blocks: indices of the blocks to record, negative ones from the end; None: all.
+
+    Shape:
+        Yields a list that each forward pass fills anew, one (B, heads, T, T) a block, rows summing to 1:
+        `torch.stack` makes (L, B, heads, T, T) of it.
+
+    Raises:
+        TypeError, ValueError: `model` has no block whose attention can be recorded; `blocks` out of range.
+
+    Reference:
+        Wightman 2019, "PyTorch Image Models".
+
+    Example:
+        >>> import timm, torch
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32)
+        >>> with vit_attention(model, blocks=(-1,)) as attention:
+        ...     _ = model(torch.rand(1, 3, 32, 32))
+        >>> torch.stack(attention).shape
+        torch.Size([1, 1, 3, 5, 5])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is of type {type(model).__name__}.")
+    found: list[Any] = [m for m in model.modules() if hasattr(m, "attn_drop")]
+    kinds = {type(attention).__name__ for attention in found}
+    if not found or kinds - _GLOBAL:
+        raise ValueError(
+            f"model must attend from every token to every other in all blocks, but {type(model).__name__} has "
+            f"{', '.join(sorted(kinds - _GLOBAL)) or 'no attention of timm'}. A ViT, DeiT, DINOv2, BEiT or EVA will do."
+        )
+    for i, block in enumerate(blocks or ()):
+        check_integer(f"blocks[{i}]", block)
+        if not -len(found) <= block < len(found):
+            raise ValueError(f"blocks[{i}] must be one of the model's {len(found)} blocks, but is {block}.")
+    chosen = found if blocks is None else [found[block] for block in blocks]
+    recorded: list[Tensor] = []
+
+    def keep(attention: Any, position: int) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if position == 0:
+                recorded.clear()
+            recorded.append(arguments[0])
+
+        return attention.attn_drop.register_forward_pre_hook(hook)
+
+    with ExitStack() as stack:
+        for attention in chosen:
+            stack.callback(setattr, attention, "fused_attn", attention.fused_attn)
+            attention.fused_attn = False
+        order = sorted(range(len(chosen)), key=lambda i: found.index(chosen[i]))
+        for position, i in enumerate(order):
+            stack.enter_context(keep(chosen[i], position))
+        yield recorded

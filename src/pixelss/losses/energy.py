@@ -1,0 +1,147 @@
+"""Dense energy (RRM): pixels of alike colour and place shall have the same class, on the permutohedral lattice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixelss._checks import check_number, check_tensor
+from pixelss._dtype import promote
+from pixelss._lattice import PermutohedralLattice
+from pixelss._resize import resize, scaled_side
+
+_TINY, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
+def energy_lattices(
+    images: Tensor, *, bilateral: tuple[float, float] = (100.0, 15.0), scale: float = 0.5
+) -> tuple[PermutohedralLattice, ...]:
+    """Return the lattice of every image for `dense_energy_loss`: build them once for a batch that is seen again.
+
+    Args:
+        images: RGB levels 0 to 255, of dtype uint8 or floating.
+        bilateral: (sxy in pixels, srgb in levels), the standard deviations.
+        scale: factor of the image size at which the energy is computed; sxy shrinks with it.
+
+    Shape:
+        (B, 3, H, W) -> B lattices.
+
+    Raises:
+        TypeError, ValueError: images of another rank; a setting out of range.
+
+    Reference:
+        Zhang 2020, "Reliability Does Matter", section 3.3.
+
+    Example:
+        >>> len(energy_lattices(torch.rand(2, 3, 16, 16) * 255))
+        2
+    """
+    check_tensor("images", images, "BCHW", kind="any", C=3)
+    check_number("bilateral sxy", bilateral[0], low=_TINY, high=_MOST)
+    check_number("bilateral srgb", bilateral[1], low=_TINY, high=_MOST)
+    check_number("scale", scale, low=1e-3, high=1e3)
+    pixels = promote(_nearest(images, scale))  # (B, 3, h, w)
+    h, w = pixels.shape[-2:]
+    rows, columns = (torch.arange(side, dtype=pixels.dtype, device=pixels.device) for side in (h, w))
+    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).view(-1, 2) / (bilateral[0] * scale)
+    return tuple(PermutohedralLattice(torch.cat([grid, one.flatten(1).mT / bilateral[1]], 1)) for one in pixels)
+
+
+def dense_energy_loss(
+    images: Tensor,
+    logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    region: Tensor | None = None,
+    bilateral: tuple[float, float] = (100.0, 15.0),
+    scale: float = 0.5,
+    lattices: Sequence[PermutohedralLattice] | None = None,
+    published_gradient: bool = False,
+    ignore_index: int = 255,
+) -> Tensor:
+    """Return - 1/B sum over images and classes of <q, g F(q)>, q the class probabilities within the region.
+
+    F is the unnormalised bilateral filter. The gate g is 1 where the mask is void and relu(region - max_k p) elsewhere,
+    so that a confident pixel of known class counts little; it carries no gradient. The sum over pixels is large: the
+    field weighs the loss by 1e-7.
+
+    Args:
+        images: RGB levels 0 to 255, of dtype uint8 or floating.
+        logits: of every class, of any size: their probabilities are resized to `scale` times the images' size.
+        mask: label map at the images' size; None: no class is known, and g is 1.
+        region: 1 where the crop shows the image, 0 where it is padding; None: everywhere.
+        bilateral: (sxy in pixels, srgb in levels), the standard deviations.
+        scale: factor of the image size; sxy shrinks with it.
+        lattices: of `energy_lattices` with the same images, `bilateral` and `scale`.
+        published_gradient: True for the public code's, -2/B g F(q) region, as if g F were symmetric.
+        ignore_index: the mask's void value.
+
+    Shape:
+        (B, 3, H, W), (B, K, *, *), (B, H, W), (B, H, W) -> scalar; float32 for half precision.
+
+    Raises:
+        TypeError, ValueError: arguments of another rank, size, dtype kind or device; a setting out of range; not one
+            lattice an image.
+
+    Reference:
+        Zhang 2020, "Reliability Does Matter", section 3.3.
+
+    Example:
+        >>> images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+        >>> logits = torch.zeros(2, 21, 16, 16, requires_grad=True)
+        >>> dense_energy_loss(images, logits).backward()
+        >>> logits.grad.shape
+        torch.Size([2, 21, 16, 16])
+    """
+    B, _, H, W = check_tensor("images", images, "BCHW", kind="any", C=3)
+    check_tensor("logits", logits, "BKhw", like=images, hint="One map a class, background included.", B=B)
+    if lattices is None:
+        lattices = energy_lattices(images, bilateral=bilateral, scale=scale)
+    if len(lattices) != B:
+        raise ValueError(f"lattices must be one an image, {B}, but are {len(lattices)}. Build them of these images.")
+    size = scaled_side(H, scale), scaled_side(W, scale)
+    p = resize(promote(logits).softmax(1), size)  # (B, K, h, w)
+    inside = p.new_ones(B, *size)
+    if region is not None:
+        check_tensor("region", region, "BHW", kind="any", like=images, B=B, H=H, W=W)
+        inside = _nearest(region[:, None], scale)[:, 0].to(p.dtype)
+    gate = torch.ones_like(inside)
+    if mask is not None:
+        check_tensor("mask", mask, "BHW", kind="integer", like=images, B=B, H=H, W=W)
+        known = _nearest(mask[:, None], scale)[:, 0].long() != ignore_index
+        gate = gate.where(~known, (inside - p.detach().amax(1)).relu())
+    q = p * inside[:, None]
+    energy = p.sum() * 0
+    for one, g, lattice in zip(q, gate, lattices, strict=True):
+        values = one.flatten(1).mT  # (hw, K)
+        energy = energy + _Energy.apply(values, g.flatten()[:, None], lattice, published_gradient)
+    return -energy / max(1, B)
+
+
+class _Energy(torch.autograd.Function):
+    """<q, g F(q)>; its gradient is g F(q) + F^T(g q), or 2 g F(q) as published."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, gate: Tensor, lattice: PermutohedralLattice, published: bool) -> Tensor:
+        filtered = gate * lattice.filter(q)
+        ctx.save_for_backward(q, gate, filtered)
+        ctx.lattice, ctx.published = lattice, published
+        return (q * filtered).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        q, gate, filtered = ctx.saved_tensors
+        other = filtered if ctx.published else ctx.lattice.filter_transposed(gate * q)
+        return grads[0] * (filtered + other), None, None, None
+
+
+def _nearest(x: Tensor, scale: float) -> Tensor:
+    """Return x (B, C, H, W) at `scale`, each pixel the one at its upper left, as torch's nearest interpolation."""
+    (H, W) = x.shape[-2:]
+    rows, columns = (
+        (torch.arange(scaled_side(side, scale), device=x.device) * side) // scaled_side(side, scale) for side in (H, W)
+    )
+    return x.index_select(-2, rows).index_select(-1, columns)

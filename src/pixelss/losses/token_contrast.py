@@ -1,0 +1,160 @@
+"""Contrasts of a vision transformer's tokens: patches (ToCo), class tokens (MCTformer+), affinities (AFA)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from pixelss._checks import TAGS_HINT, check_count, check_integer, check_number, check_tensor
+from pixelss._dtype import full_precision, promote
+
+
+def patch_token_contrast(features: Tensor, mask: Tensor, *, ignore_index: int = 255) -> Tensor:
+    """Return how unlike the tokens of one class are, and how alike those of different classes, by |cos|.
+
+    With S_pq = |cos(x_p, x_q)| over the pairs p != q of one image whose cells are not void, and means that divide by
+    the number of pairs plus 1: half of 1 - the mean of S over pairs of one class, plus half the mean over the others.
+
+    Args:
+        features: patch tokens as a map.
+        mask: label map at the tokens' size; `ignore_index` and negative values are void, the background is a class.
+        ignore_index: the mask's void value.
+
+    Shape:
+        (B, D, h, w), (B, h, w) -> scalar; float32 for half precision. The pairs of one image are held at a time, and
+        none for the backward pass.
+
+    Raises:
+        TypeError, ValueError: arguments of another rank, size, dtype kind or device.
+
+    Reference:
+        Ru 2023, "Token Contrast for Weakly-Supervised Semantic Segmentation", section 3.2.
+
+    Example:
+        >>> features = torch.tensor([[[[1.0, 1.0, 0.0]], [[0.0, 0.0, 1.0]]]])
+        >>> patch_token_contrast(features, torch.tensor([[[1, 1, 0]]]))
+        tensor(0.1667)
+    """
+    B, _, h, w = check_tensor("features", features, "BDhw")
+    check_tensor("mask", mask, "Bhw", kind="integer", like=features, hint="One class a token.", B=B, h=h, w=w)
+    check_integer("ignore_index", ignore_index)
+    cells = mask.long().flatten(1)
+    cells = cells.masked_fill(cells == ignore_index, -1)  # negative: void
+    loss: Tensor = _PatchContrast.apply(normalize(promote(features).flatten(2), dim=1), cells)
+    return loss
+
+
+class _PatchContrast(torch.autograd.Function):
+    """The loss and, beside it, its gradient: what the backward pass needs is as small as the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cells: Tensor) -> Tensor:
+        same_pairs, other_pairs = x.new_zeros(()), x.new_zeros(())
+        for one in cells:  # counted first: the pairs of all images share a mean
+            same, both = _pairs_of(one)
+            same_pairs, other_pairs = same_pairs + same.sum(), other_pairs + (both & ~same).sum()
+        total, gradient = x.new_zeros(()), torch.zeros_like(x)
+        with full_precision(x):
+            for b, one in enumerate(cells):
+                same, both = _pairs_of(one)
+                weight = both / (other_pairs + 1) / 2
+                weight = torch.where(same, -1 / (same_pairs + 1) / 2, weight.to(x.dtype))
+                cosine = x[b].mT @ x[b]  # (hw, hw)
+                total = total + (cosine.abs() * weight).sum()
+                gradient[b] = 2 * x[b] @ (cosine.sign() * weight)  # symmetric: p, q and q, p
+        ctx.save_for_backward(gradient)
+        return total + torch.where(same_pairs > 0, 0.5, 0.0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.saved_tensors[0], None
+
+
+def _pairs_of(cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which pairs of an image's cells (P,) are of one class, and which count at all, (P, P) each."""
+    valid = cells >= 0
+    both = valid[:, None] & valid
+    both = both & ~torch.eye(len(cells), dtype=torch.bool, device=cells.device)
+    return both & (cells[:, None] == cells), both
+
+
+def class_token_contrast(tokens: Tensor, tags: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Return the cross-entropy that tells every class token of an image from the others, over the present classes.
+
+    Args:
+        tokens: class tokens of every layer that takes part.
+        tags: image-level labels, multi-hot of any dtype.
+        temperature: that cosines are divided by.
+
+    Shape:
+        (L, B, N, D), (B, N) -> scalar: the mean over an image's present classes, then over images and layers.
+
+    Raises:
+        TypeError, ValueError: arguments of another rank, size, dtype kind or device; `temperature` out of range.
+
+    Reference:
+        Xu 2023, "MCTformer+: Multi-Class Token Transformer", its contrastive-class-token module.
+
+    Example:
+        >>> class_token_contrast(torch.eye(3).view(1, 1, 3, 3), torch.tensor([[1, 0, 1]]))
+        tensor(0.5514)
+    """
+    _, B, N, _ = check_tensor("tokens", tokens, "LBND")
+    check_tensor("tags", tags, "BN", kind="any", like=tokens, hint=TAGS_HINT, B=B, N=N)
+    check_number("temperature", temperature, low=torch.finfo(torch.float32).eps, high=torch.finfo(torch.float32).max)
+    x = normalize(promote(tokens), dim=-1)
+    with full_precision(x):
+        cosine = x @ x.mT / temperature  # (L, B, N, N)
+    loss = -cosine.log_softmax(-1).diagonal(dim1=-2, dim2=-1)  # (L, B, N)
+    present = tags > 0
+    means = loss.where(present, 0).sum(-1) / present.sum(-1).clamp(min=1)  # (L, B)
+    return means.sum() / max(1, means.numel())
+
+
+def token_affinity_loss(affinity: Tensor, mask: Tensor, *, radius: int = 8, ignore_index: int = 255) -> Tensor:
+    """Return half the mean of 1 - p over pairs of one class, and half that of p over others, within a square.
+
+    Args:
+        affinity: of every two cells of an image, in [0, 1].
+        mask: label map at the cells' size; `ignore_index` and negative values are void, the background is a class.
+        radius: pairs with |dy| and |dx| up to it count.
+        ignore_index: the mask's void value.
+
+    Shape:
+        (B, P, P), (B, h, w), P = h w -> scalar; float32 for half precision. Means divide by the pairs plus 1.
+
+    Raises:
+        TypeError, ValueError: arguments of another rank, size, dtype kind or device; `radius` out of range.
+
+    Reference:
+        Ru 2022, "Learning Affinity from Attention", section 3.3.
+
+    Example:
+        >>> affinity = torch.tensor([[[1.0, 0.5], [0.5, 1.0]]])
+        >>> token_affinity_loss(affinity, torch.tensor([[[1, 0]]]))
+        tensor(0.1667)
+    """
+    B, h, w = check_tensor("mask", mask, "Bhw", kind="integer")
+    hint = "A row and a column a cell of the mask."
+    check_tensor("affinity", affinity, "BPQ", like=mask, hint=hint, B=B, P=h * w, Q=h * w)
+    check_count("radius", radius)
+    check_integer("ignore_index", ignore_index)
+    cells = mask.long().flatten(1)
+    cells = cells.masked_fill(cells == ignore_index, -1)
+    rows, columns = (torch.arange(side, device=mask.device) for side in (h, w))
+    y, x = (grid.flatten() for grid in torch.meshgrid(rows, columns, indexing="ij"))
+    near = ((y[:, None] - y).abs() <= radius) & ((x[:, None] - x).abs() <= radius)
+    p = promote(affinity)
+    sums: list[Tensor] = []
+    for b, one in enumerate(cells):
+        valid = (one >= 0)[:, None] & (one >= 0) & near
+        same = valid & (one[:, None] == one)
+        other = valid & ~same
+        parts = (1 - p[b]).where(same, 0).sum(), same.sum(), p[b].where(other, 0).sum(), other.sum()
+        sums.append(torch.stack([part.to(p.dtype) for part in parts]))
+    alike, same_pairs, unlike, other_pairs = (torch.stack(sums).sum(0) if sums else p.sum().expand(4)).unbind()
+    loss: Tensor = alike / (same_pairs + 1) / 2 + unlike / (other_pairs + 1) / 2
+    return loss
