@@ -62,6 +62,35 @@ def attentive_step(way: str, classes: int, pairs: int, device: str) -> Step:
     return lambda: torch.autograd.grad(loss(student, teacher, tags), student)
 
 
+def literal_patch_contrast(features: Tensor, mask: Tensor) -> Tensor:
+    """Every pair of every image at a time, as published."""
+    x, cells = normalize(features.flatten(2), dim=1), mask.flatten(1)
+    cosine = (x.mT @ x).abs()
+    both = (cells[:, :, None] != 255) & (cells[:, None] != 255)
+    both = both & ~torch.eye(cells.shape[1], dtype=torch.bool, device=cells.device)
+    same = both & (cells[:, :, None] == cells[:, None])
+    other = both & ~same
+    positive, negative = (cosine * same).sum() / (same.sum() + 1), (cosine * other).sum() / (other.sum() + 1)
+    return 0.5 * (1 - positive) + 0.5 * negative
+
+
+def patch_step(way: str, device: str) -> Step:
+    features = torch.randn(8, 768, 28, 28, device=device, requires_grad=True)
+    mask = torch.randint(0, N + 1, (8, 28, 28), device=device)
+    loss = literal_patch_contrast if way == "literal" else pixelss.patch_token_contrast
+    return lambda: torch.autograd.grad(loss(features, mask), features)
+
+
+def energy_step(way: str, device: str) -> Step:
+    """Smooth images, as photographs are more than noise; the published filter is C++ that nobody can build."""
+    coarse = 255 * torch.rand(8, 3, 10, 10, device=device)
+    images = interpolate(coarse, (160, 160), mode="bilinear", align_corners=False)
+    logits = torch.randn(8, N + 1, 160, 160, device=device, requires_grad=True)
+    mask = torch.randint(0, N + 1, (8, 160, 160), device=device)
+    lattices = pixelss.energy_lattices(images) if way == "lattices given" else None
+    return lambda: torch.autograd.grad(pixelss.dense_energy_loss(images, logits, mask=mask, lattices=lattices), logits)
+
+
 GROUPS = {
     "regional contrastive loss, 24 x 24 -> 192 x 192, D 256, K 21": {
         way: partial(contrastive_step, way) for way in ("literal", "pixelss", "compiled")
@@ -72,7 +101,13 @@ GROUPS = {
         }
         for classes, pairs in ((20, 1), (20, 2), (20, 4), (80, 2))
     },
+    "patch-token contrast, batch 8, 784 tokens, D 768": {
+        way: partial(patch_step, way) for way in ("literal", "pixelss")
+    },
+    "dense energy, batch 8, 160 x 160 at scale 0.5, K 21": {
+        way: partial(energy_step, way) for way in ("lattices built", "lattices given")
+    },
 }
 
 if __name__ == "__main__":
-    run(__doc__, GROUPS, f"batch {B}, forward and backward")
+    run(__doc__, GROUPS, f"batch {B} where none is named, forward and backward")

@@ -84,6 +84,12 @@ BIBLIOGRAPHY = {
         "ECCV 2020",
         "https://github.com/mt-cly/BES",
     ),
+    "Chen 2022": Paper(
+        "Zhaozheng Chen, Tan Wang, Xiongwei Wu, Xian-Sheng Hua, Hanwang Zhang, Qianru Sun",
+        "Class Re-Activation Maps for Weakly-Supervised Semantic Segmentation",
+        "CVPR 2022",
+        arxiv("2203.00962"),
+    ),
     "Everingham 2015": Paper(
         "Mark Everingham, S. M. Ali Eslami, Luc Van Gool, Christopher K. I. Williams, John Winn, Andrew Zisserman",
         "The PASCAL Visual Object Classes Challenge: A Retrospective",
@@ -95,6 +101,24 @@ BIBLIOGRAPHY = {
         "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials",
         "NIPS 2011",
         arxiv("1210.5644"),
+    ),
+    "Kweon 2024": Paper(
+        "Hyeokjun Kweon, Kuk-Jin Yoon",
+        "From SAM to CAMs: Exploring Segment Anything Model for Weakly Supervised Semantic Segmentation",
+        "CVPR 2024",
+        "https://github.com/sangrockEG/S2C",
+    ),
+    "Ru 2022": Paper(
+        "Lixiang Ru, Yibing Zhan, Baosheng Yu, Bo Du",
+        "Learning Affinity from Attention: End-to-End Weakly-Supervised Semantic Segmentation with Transformers",
+        "CVPR 2022",
+        arxiv("2203.02664"),
+    ),
+    "Ru 2023": Paper(
+        "Lixiang Ru, Heliang Zheng, Yibing Zhan, Bo Du",
+        "Token Contrast for Weakly-Supervised Semantic Segmentation",
+        "CVPR 2023",
+        arxiv("2303.01267"),
     ),
     "Sachdeva 2014": Paper(
         "Sushant Sachdeva, Nisheeth K. Vishnoi",
@@ -132,6 +156,12 @@ BIBLIOGRAPHY = {
         "Wider or Deeper: Revisiting the ResNet Model for Visual Recognition",
         "2016",
         arxiv("1611.10080"),
+    ),
+    "Xu 2023": Paper(
+        "Lian Xu, Mohammed Bennamoun, Farid Boussaid, Hamid Laga, Wanli Ouyang, Dan Xu",
+        "MCTformer+: Multi-Class Token Transformer for Weakly Supervised Semantic Segmentation",
+        "2023",
+        arxiv("2308.03005"),
     ),
     "Yoon 2021": Paper(
         "Sung-Hoon Yoon, Hyeokjun Kweon, Jaeseok Jeong, Hyeonseong Kim, Shinjeong Kim, Kuk-Jin Yoon",

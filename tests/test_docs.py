@@ -39,6 +39,13 @@ NO_PICTURE = {
     "boundary": "the labels of pairs have one",
     "reliable": "the CRF has one",
     "correlation": "the CAM head has one",
+    "losses/equivariance": "two maps and their difference say no more than the formula",
+    "losses/energy": "the CRF shows what the same filter does",
+    "losses/token_contrast": "pairs of tokens have no place on an image",
+    "losses/segment_contrast": "the regional contrast has one",
+    "losses/reactivation": "what changes is the classifier",
+    "losses/boundary": "the zones, a target, are what can be seen",
+    "losses/displacement": "a field of arrows is no mask",
 }
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from pixelss import multi_scale_cross_entropy
+from pixelss import balanced_cross_entropy, multi_scale_cross_entropy
 from tests import oracles
 from tests.blocks import Block
 from tests.oracles import assert_matches, bilinear, interpolate, labelled, value_and_grads
@@ -20,12 +20,18 @@ from tests.strategies import SIZES, Batch, batches, make_batch, noise
 
 SIGNATURES = {
     "multi_scale_cross_entropy": "(logits, mask, *, ignore_index=255)",
+    "balanced_cross_entropy": "(logits, mask, *, ignore_index=255)",
 }
 
 BLOCKS = {
     "multi_scale_cross_entropy": Block(
         lambda b: multi_scale_cross_entropy(b.raw, b.mask),
         lambda b: multi_scale_cross_entropy_by_loops(b.raw, b.mask),
+        but={"finite": "takes logits, which must be finite"},
+    ),
+    "balanced_cross_entropy": Block(
+        lambda b: balanced_cross_entropy(b.raw[2], b.mask),
+        lambda b: balanced_cross_entropy_by_loops(b.raw[2], b.mask),
         but={"finite": "takes logits, which must be finite"},
     ),
 }
@@ -44,6 +50,13 @@ def multi_scale_cross_entropy_by_loops(logits: Sequence[Tensor], mask: Tensor, i
     for one, (b, i, j, k) in product(maps, valid):
         total = total - torch.log(torch.exp(one[b, k, i, j]) / torch.exp(one[b, :, i, j]).sum()) / len(valid)
     return total
+
+
+def balanced_cross_entropy_by_loops(logits: Tensor, mask: Tensor, ignore_index: int = 255) -> Tensor:
+    parts: dict[bool, list[Tensor]] = {True: [], False: []}
+    for b, i, j, k in labelled(mask, logits.shape[1] - 1, ignore_index):
+        parts[k > 0].append(torch.log(torch.exp(logits[b, :, i, j]).sum()) - logits[b, k, i, j])
+    return logits.sum() * 0 + sum(sum(part) / len(part) for part in parts.values() if part)
 
 
 def loss_of(batch: Batch, **settings: int) -> list[Tensor]:
@@ -163,6 +176,69 @@ def test_large_half_precision_logits_have_a_finite_loss(half, device):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+# The balanced one
+
+
+def test_balanced_loss_and_gradient_are_rrms():
+    a = oracles.field("rrm")
+    logits = a["joint_logits"].requires_grad_()
+    loss = balanced_cross_entropy(interpolate(logits, a["joint_label"].shape[1:]), a["joint_label"])
+    torch.testing.assert_close(loss, a["joint_ce"], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], a["joint_grad_ce"], rtol=2e-6, atol=2e-6)
+
+
+def test_half_of_the_balanced_loss_is_afas():
+    a = oracles.field("afa")
+    loss = balanced_cross_entropy(a["seg_logits"], a["refined_label"]) / 2
+    torch.testing.assert_close(loss, a["seg_loss"], rtol=2e-6, atol=2e-6)
+
+
+@given(batch=batches(), void=st.sampled_from([0, 1, -1, 255]))
+def test_any_balanced_loss_equals_the_loop(batch, void):
+    actual = balanced_cross_entropy(batch.probs, batch.mask, ignore_index=void)
+    torch.testing.assert_close(actual, balanced_cross_entropy_by_loops(batch.probs, batch.mask, void))
+
+
+@given(batch=batches())
+def test_a_balanced_loss_of_one_part_is_cross_entropy(batch):
+    foreground = batch.mask.where((batch.mask > 0) & (batch.mask <= batch.classes), 255)
+    foreground[0, 0, 0] = 1
+    for mask in (foreground, torch.zeros_like(foreground)):
+        expected = functional.cross_entropy(batch.probs, mask, ignore_index=255)
+        torch.testing.assert_close(balanced_cross_entropy(batch.probs, mask), expected)
+
+
+@given(data=st.data(), batch=batches())
+def test_the_order_of_the_foreground_does_not_matter_to_the_balanced_loss(data, batch):
+    N = batch.classes
+    order = torch.tensor([0, *data.draw(st.permutations(range(1, N + 1)))])
+    mask = order.argsort()[batch.mask.clamp(0, N)].where((batch.mask >= 0) & (batch.mask <= N), 255)
+    actual = balanced_cross_entropy(batch.probs[:, order], mask)
+    torch.testing.assert_close(actual, balanced_cross_entropy(batch.probs, batch.mask))
+
+
+def test_how_many_pixels_a_part_has_does_not_matter_to_the_balanced_loss():
+    logits = noise(1, 3, 1, 2)
+    few, many = torch.tensor([[[0, 2]]]), torch.tensor([[[0, 0, 0, 0, 2]]])
+    expected = balanced_cross_entropy(logits, few)
+    torch.testing.assert_close(balanced_cross_entropy(logits[..., [0, 0, 0, 0, 1]], many), expected)
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_a_void_or_empty_batch_gives_a_balanced_zero_on_the_graph(images):
+    logits = torch.randn(images, 3, 4, 4, requires_grad=True)
+    loss = balanced_cross_entropy(logits, torch.full((images, 4, 4), 255))
+    assert loss == 0
+    loss.backward()
+    assert not logits.grad.any()
+
+
+def test_balanced_loss_gradcheck():
+    logits = noise(2, 3, 2, 3).requires_grad_()
+    mask = torch.tensor([[[0, 1, 255], [2, 0, 1]]]).expand(2, 2, 3)
+    assert torch.autograd.gradcheck(lambda x: balanced_cross_entropy(x, mask), logits)
+
+
 # refusals
 
 
@@ -199,3 +275,21 @@ MASK = torch.zeros(2, 8, 9, dtype=torch.int64)
 def test_loss_refuses(name, value, error):
     with pytest.raises(error, match=rf"\b{name}\b.* must .* but "):
         multi_scale_cross_entropy(**{"logits": [LOGITS, LOGITS], "mask": MASK, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("logits", LOGITS[0], ValueError),
+        ("logits", LOGITS.long(), TypeError),
+        ("logits", None, TypeError),
+        ("mask", MASK, ValueError),
+        ("mask", MASK[:1, :4, :5], ValueError),
+        ("mask", MASK[:, :4, :5].float(), TypeError),
+        ("mask", MASK[:, :4, :5].to("meta"), ValueError),
+        ("ignore_index", 255.0, TypeError),
+    ],
+)
+def test_balanced_loss_refuses(name, value, error):
+    given_ = {"logits": LOGITS, "mask": MASK[:, :4, :5], "ignore_index": 255}
+    oracles.assert_refuses(balanced_cross_entropy, given_, name, value, error)

@@ -44,8 +44,9 @@ def displacement_loss(displacement: Tensor, labels: Tensor) -> Tensor:
             f"labels must have as many offsets as a radius gives, but have {O}. Build them by affinity_labels."
         )
     d = promote(displacement)
-    between = d.new_tensor(offsets)[None, :, :, None, None]  # (1, O, 2, 1, 1)
     difference = torch.stack([d - partner for partner in shifted(d, offsets, outside=0)], 1)  # (B, O, 2, h, w)
+    # Filled, for a tensor copied to the device would wait for it.
+    between = torch.stack([torch.stack([d.new_full((1, 1), v) for v in o]) for o in offsets])  # (O, 2, 1, 1)
 
     def mean(distance: Tensor, pairs: Tensor) -> Tensor:
         return distance.sum(2).where(pairs, 0).sum() / (2 * pairs.sum() + 1e-5)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pixelss._checks import check_number, check_tensor
 from pixelss._dtype import promote
+from pixelss._labels import valid_pixels
 from pixelss._lattice import PermutohedralLattice
 from pixelss._resize import resize, scaled_side
 
@@ -77,7 +78,7 @@ def dense_energy_loss(
         scale: factor of the image size; sxy shrinks with it.
         lattices: of `energy_lattices` with the same images, `bilateral` and `scale`.
         published_gradient: True for the public code's, -2/B g F(q) region, as if g F were symmetric.
-        ignore_index: the mask's void value.
+        ignore_index: the mask's void value; values out of 0..K-1 are void too.
 
     Shape:
         (B, 3, H, W), (B, K, *, *), (B, H, W), (B, H, W) -> scalar; float32 for half precision.
@@ -111,7 +112,7 @@ def dense_energy_loss(
     gate = torch.ones_like(inside)
     if mask is not None:
         check_tensor("mask", mask, "BHW", kind="integer", like=images, B=B, H=H, W=W)
-        known = _nearest(mask[:, None], scale)[:, 0].long() != ignore_index
+        _, known = valid_pixels(_nearest(mask[:, None], scale)[:, 0], p.shape[1], ignore_index)
         gate = gate.where(~known, (inside - p.detach().amax(1)).relu())
     q = p * inside[:, None]
     energy = p.sum() * 0
