@@ -111,6 +111,43 @@ def sparse_walk(h: int, w: int, one_core: bool, device: str) -> Step:
     return lambda: pixelss.random_walk(scores, affinity)
 
 
+def adaptive_inputs(device: str) -> tuple[Tensor, Tensor]:
+    pixels = nn.functional.interpolate(images(2).float(), size=(160, 160), mode="bilinear")
+    return pixels.to(device), torch.rand(2, 21, 160, 160, device=device).softmax(1)
+
+
+def stacked_adaptive(one_core: bool, device: str) -> Step:
+    """The literal way: all 48 neighbours of every map side by side, in each iteration."""
+    if one_core:
+        use_one_core(device)
+    pixels, probs = adaptive_inputs(device)
+    offsets = [(d * dy, d * dx) for d in (1, 2, 4, 8, 12, 24) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+    distance = torch.tensor([max(abs(dy), abs(dx)) * (1.0 if dy * dx == 0 else 2**0.5) for dy, dx in offsets])
+    near = (-(distance / distance.std() / 0.3).square()).softmax(0).to(device)[:, None, None]
+
+    def neighbours(x: Tensor) -> Tensor:
+        h, w = x.shape[2:]
+        padded = nn.functional.pad(x, (24, 24, 24, 24), mode="replicate")
+        return torch.stack([padded[..., 24 + dy : 24 + dy + h, 24 + dx : 24 + dx + w] for dy, dx in offsets], 2)
+
+    def step() -> Tensor:
+        around, scores = neighbours(pixels), probs
+        steps = (around - pixels[:, :, None]) / (around.std(2, keepdim=True) + 1e-8) / 0.3
+        weights = (-steps.square().mean(1, keepdim=True)).softmax(2) + 0.01 * near
+        for _ in range(ITERATIONS):
+            scores = (neighbours(scores) * weights).sum(2)
+        return scores
+
+    return step
+
+
+def adaptive(one_core: bool, device: str) -> Step:
+    if one_core:
+        use_one_core(device)
+    pixels, probs = adaptive_inputs(device)
+    return lambda: pixelss.pixel_adaptive_refinement(pixels, probs, normalize=False, iterations=ITERATIONS)
+
+
 def inference(tile: int, device: str) -> Step:
     """Multi-scale flip inference of a large image by a small network at stride 8."""
     layers: list[nn.Module] = []
@@ -141,6 +178,12 @@ GROUPS: Groups = {
             "pixelss": partial(sparse_walk, h, w, False),
         }
         for h, w in ((47, 63), (94, 125))
+    },
+    f"pixel-adaptive refinement, 2 x 21 x 160 x 160, {ITERATIONS} iterations": {
+        "all neighbours side by side, 1 core": partial(stacked_adaptive, True),
+        "all neighbours side by side": partial(stacked_adaptive, False),
+        "pixelss, 1 core": partial(adaptive, True),
+        "pixelss": partial(adaptive, False),
     },
     "multi-scale flip inference, 1500 x 2000, 21 classes, small network": {
         "one tile": partial(inference, 10_000),

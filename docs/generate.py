@@ -89,6 +89,11 @@ BIBLIOGRAPHY = {
         "Class Re-Activation Maps for Weakly-Supervised Semantic Segmentation",
         "CVPR 2022",
         arxiv("2203.00962"),
+    "Chen 2023": Paper(
+        "Tianle Chen, Zheda Mai, Ruiwen Li, Wei-lun Chao",
+        "Segment Anything Model (SAM) Enhanced Pseudo Labels for Weakly Supervised Semantic Segmentation",
+        "2023",
+        arxiv("2305.05803"),
     ),
     "Everingham 2015": Paper(
         "Mark Everingham, S. M. Ali Eslami, Luc Van Gool, Christopher K. I. Williams, John Winn, Andrew Zisserman",
@@ -107,6 +112,11 @@ BIBLIOGRAPHY = {
         "From SAM to CAMs: Exploring Segment Anything Model for Weakly Supervised Semantic Segmentation",
         "CVPR 2024",
         "https://github.com/sangrockEG/S2C",
+    "Lin 2023": Paper(
+        "Yuqi Lin, Minghao Chen, Wenxiao Wang, Boxi Wu, Ke Li, Binbin Lin, Haifeng Liu, Xiaofei He",
+        "CLIP is Also an Efficient Segmenter: A Text-Driven Approach for Weakly Supervised Semantic Segmentation",
+        "CVPR 2023",
+        arxiv("2212.09506"),
     ),
     "Ru 2022": Paper(
         "Lixiang Ru, Yibing Zhan, Baosheng Yu, Bo Du",
@@ -156,6 +166,12 @@ BIBLIOGRAPHY = {
         "Wider or Deeper: Revisiting the ResNet Model for Visual Recognition",
         "2016",
         arxiv("1611.10080"),
+    ),
+    "Xu 2022": Paper(
+        "Lian Xu, Wanli Ouyang, Mohammed Bennamoun, Farid Boussaid, Dan Xu",
+        "Multi-class Token Transformer for Weakly Supervised Semantic Segmentation",
+        "CVPR 2022",
+        arxiv("2203.02891"),
     ),
     "Xu 2023": Paper(
         "Lian Xu, Mohammed Bennamoun, Farid Boussaid, Hamid Laga, Wanli Ouyang, Dan Xu",

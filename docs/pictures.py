@@ -183,6 +183,14 @@ def crf_picture() -> viz.Pixels:
     return viz.grid(rows, titles=["image", "CAM", "after the CRF", "truth"], legend=LEGEND)
 
 
+def adaptive_picture() -> viz.Pixels:
+    probs = torch.cat([pixelss.background_score(cam, alpha=2), cam], dim=1)
+    refined = pixelss.pixel_adaptive_refinement(levels, probs)
+    maps = [probs.argmax(1), refined.argmax(1), masks]
+    rows = [[image[b], *(viz.overlay_mask(image[b], m[b]) for m in maps)] for b in range(2)]
+    return viz.grid(rows, titles=["image", "CAM", "after 10 iterations", "truth"], legend=LEGEND)
+
+
 @cache
 def affinity_net() -> tuple[torch.Tensor, ...]:
     """Train a small AffinityNet; return CAMs and both label maps at its cells, affinities before and after."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pixelss._checks import check_choice, check_count, check_integer, check_number, check_tensor
+from pixelss._checks import check_choice, check_count, check_integer, check_number, check_sequence, check_tensor
 from pixelss._dtype import full_precision, promote
 
 
@@ -36,8 +36,10 @@ def attention_affinity(
         torch.Size([2, 196, 196])
     """
     if not isinstance(attention, Tensor):
+        check_sequence("attention", attention, "tensors, one a layer")
         attention = torch.stack(list(attention))
     L, _, _, T, _ = check_tensor("attention", attention, "LBATS", hint="Of one head? Add an axis.")
+    check_tensor("attention", attention, "LBATS", hint="Of every token to every other.", S=T)
     check_integer("skip", skip)
     check_number("skip", skip, low=0, high=T - 1)
     check_choice("reduce", reduce, ("mean", "sum"))

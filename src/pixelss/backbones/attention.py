@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from pixelss._checks import check_integer
 
+# Other classes of these names attend within windows (SAM), or to fewer keys (PVT).
 _GLOBAL = {"Attention", "AttentionRope", "EvaAttention", "RelPosAttention"}
+_HOMES = {"layers.attention", *(f"models.{name}" for name in ("beit", "eva", "vision_transformer"))}
+_HOMES |= {"models.vision_transformer_relpos"}
 
 
 @contextmanager
@@ -45,11 +48,12 @@ def vit_attention(model: nn.Module, *, blocks: Sequence[int] | None = None) -> I
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is of type {type(model).__name__}.")
     found: list[Any] = [m for m in model.modules() if hasattr(m, "attn_drop")]
-    kinds = {type(attention).__name__ for attention in found}
-    if not found or kinds - _GLOBAL:
+    others = {kind for kind in map(type, found) if not _is_global(kind)}
+    if not found or others:
+        was = ", ".join(sorted(f"{kind.__module__}.{kind.__name__}" for kind in others)) or "no attention of timm"
         raise ValueError(
-            f"model must attend from every token to every other in all blocks, but {type(model).__name__} has "
-            f"{', '.join(sorted(kinds - _GLOBAL)) or 'no attention of timm'}. A ViT, DeiT, DINOv2, BEiT or EVA will do."
+            f"model must attend from every token to every other in all blocks, but {type(model).__name__} has {was}. "
+            f"A ViT, DeiT, DINOv2, BEiT or EVA will do."
         )
     for i, block in enumerate(blocks or ()):
         check_integer(f"blocks[{i}]", block)
@@ -74,3 +78,7 @@ def vit_attention(model: nn.Module, *, blocks: Sequence[int] | None = None) -> I
         for position, i in enumerate(order):
             stack.enter_context(keep(chosen[i], position))
         yield recorded
+
+
+def _is_global(kind: type) -> bool:
+    return kind.__name__ in _GLOBAL and kind.__module__.removeprefix("timm.") in _HOMES

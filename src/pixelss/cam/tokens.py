@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pixelss._checks import check_choice, check_count, check_number, check_tensor
-from pixelss._dtype import promote
+from pixelss._checks import check_choice, check_count, check_number, check_sequence, check_tensor
+from pixelss._dtype import activation, promote
 
 
 def class_token_cam(
@@ -23,7 +23,7 @@ def class_token_cam(
 
     Args:
         attention: of every layer of a transformer with one class token a class, which come first.
-        patch_cam: raw CAMs of the patch tokens.
+        patch_cam: raw CAMs of the patch tokens; a non-finite value counts as no activation.
         layers: the last so many take part.
         reduce: "sum" over them as MCTformer-V2, or "mean" as MCTformer+.
         root: True takes the square root, as MCTformer+; its slope at 0 is infinite.
@@ -43,6 +43,7 @@ def class_token_cam(
         torch.Size([1, 20, 14, 14])
     """
     if not isinstance(attention, Tensor):
+        check_sequence("attention", attention, "tensors, one a layer")
         attention = torch.stack(list(attention))
     B, N, h, w = check_tensor("patch_cam", patch_cam, "BNhw")
     T, hint = N + h * w, "N class tokens, then a token a patch."
@@ -52,5 +53,5 @@ def class_token_cam(
     check_choice("reduce", reduce, ("sum", "mean"))
     last = promote(attention[L - layers :]).mean(2)[:, :, :N, N:]  # (layers, B, N, hw)
     seen = (last.sum(0) if reduce == "sum" else last.mean(0)).view(B, N, h, w)
-    fused = seen * promote(patch_cam).relu()
+    fused = seen * activation(patch_cam).relu()
     return fused.sqrt() if root else fused

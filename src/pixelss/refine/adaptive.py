@@ -106,9 +106,7 @@ def _neighbours(x: Tensor, dilations: Sequence[int]) -> list[Tensor]:
     """Return one view an offset, of x (B, C, H, W) continued beyond its border by the nearest pixel."""
     (H, W), margin = x.shape[-2:], max(dilations)
     rows, columns = (torch.arange(-margin, side + margin, device=x.device).clamp(0, side - 1) for side in (H, W))
-    padded = x.index_select(-2, rows).index_select(
-        -1, columns
-    )  # the gradient of a padding is not deterministic on CUDA
+    padded = x.index_select(-2, rows).index_select(-1, columns)  # a padding's gradient is not deterministic on CUDA
     starts = [(margin + d * dy, margin + d * dx) for d, (dy, dx) in product(dilations, _RING)]
     return [padded[..., y : y + H, x : x + W] for y, x in starts]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pixelss._checks import check_integer, check_number, check_tensor
-from pixelss._dtype import promote
+from pixelss._dtype import activation
 
 
 @torch.no_grad()
@@ -16,7 +16,7 @@ def centroids(displacement: Tensor, *, iterations: int = 300) -> Tensor:
     Each step adds the displacement at the place reached, bilinearly sampled, and stays on the map.
 
     Args:
-        displacement: in cells, (dy, dx).
+        displacement: in cells, (dy, dx); a non-finite one counts as none.
         iterations: steps.
 
     Shape:
@@ -37,7 +37,7 @@ def centroids(displacement: Tensor, *, iterations: int = 300) -> Tensor:
     B, _, h, w = check_tensor("displacement", displacement, "BChw", hint="Two channels, dy and dx.", C=2)
     check_integer("iterations", iterations)
     check_number("iterations", iterations, low=0, high=100_000)
-    d = promote(displacement).flatten(2)  # (B, 2, hw)
+    d = activation(displacement).flatten(2)  # (B, 2, hw)
     rows, columns = (torch.arange(side, dtype=d.dtype, device=d.device) for side in (h, w))
     y, x = (grid.flatten().expand(B, h * w) for grid in torch.meshgrid(rows, columns, indexing="ij"))
 

@@ -33,7 +33,7 @@ def vote_segments(
         ignore_index: the mask's void value.
 
     Shape:
-        (B, H, W), (B, H, W) integer or (B, S, H, W) bool -> (B, H, W) int64.
+        (B, H, W), (B, H, W) integer or (B, P, H, W) bool -> (B, H, W) int64; P may be 0.
 
     Raises:
         TypeError, ValueError: arguments of another rank, size, dtype kind or device; a setting out of range.
@@ -47,10 +47,10 @@ def vote_segments(
         tensor([[[1, 1, 1, 0, 2]]])
     """
     B, H, W = check_tensor("mask", mask, "BHW", kind="integer")
-    if segments.ndim == 4:
-        check_tensor("segments", segments, "BSHW", kind="bool", like=mask, B=B, H=H, W=W)
+    if isinstance(segments, Tensor) and segments.ndim == 4:
+        check_tensor("segments", segments, "BPHW", kind="bool", like=mask, B=B, H=H, W=W)
     else:
-        hint = "An index map (B, H, W), or booleans (B, S, H, W)."
+        hint = "An index map (B, H, W), or booleans (B, P, H, W)."
         check_tensor("segments", segments, "BHW", kind="integer", like=mask, hint=hint, B=B, H=H, W=W)
     check_count("num_classes", num_classes)
     check_number("share", share, low=0, high=1)
@@ -65,15 +65,14 @@ def _vote(label: Tensor, segments: Tensor, num_classes: int, share: float, cover
     if segments.ndim == 2:
         ids = segments.unique()
         segments = segments == ids[ids > 0][:, None, None]
-    flat = segments.flatten(1)  # (S, HW)
+    flat = segments.flatten(1)  # (P, HW)
     sizes, free = flat.sum(1), torch.ones(len(flat), dtype=torch.bool, device=label.device)
     voted = torch.zeros_like(label).flatten()
     for n in range(1, num_classes + 1):
         own = label.flatten() == n
         shared = (flat & own).sum(1)
         taken = free & (own.sum() > 0) & ((shared > share * sizes) | (shared >= cover * own.sum()))
-        free_before = free
+        won, covered = ((flat & chosen[:, None]).any(0) for chosen in (taken, free))  # flat[chosen] would wait
+        voted = voted.masked_fill(won | (own & ~covered), n)
         free = free & ~taken
-        covered = flat[free_before].any(0)
-        voted = voted.masked_fill(flat[taken].any(0) | (own & ~covered), n)
     return voted.view_as(label)
