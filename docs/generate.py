@@ -89,6 +89,7 @@ BIBLIOGRAPHY = {
         "Class Re-Activation Maps for Weakly-Supervised Semantic Segmentation",
         "CVPR 2022",
         arxiv("2203.00962"),
+    ),
     "Chen 2023": Paper(
         "Tianle Chen, Zheda Mai, Ruiwen Li, Wei-lun Chao",
         "Segment Anything Model (SAM) Enhanced Pseudo Labels for Weakly Supervised Semantic Segmentation",
@@ -112,6 +113,7 @@ BIBLIOGRAPHY = {
         "From SAM to CAMs: Exploring Segment Anything Model for Weakly Supervised Semantic Segmentation",
         "CVPR 2024",
         "https://github.com/sangrockEG/S2C",
+    ),
     "Lin 2023": Paper(
         "Yuqi Lin, Minghao Chen, Wenxiao Wang, Boxi Wu, Ke Li, Binbin Lin, Haifeng Liu, Xiaofei He",
         "CLIP is Also an Efficient Segmenter: A Text-Driven Approach for Weakly Supervised Semantic Segmentation",

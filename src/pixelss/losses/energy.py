@@ -12,7 +12,7 @@ from pixelss._checks import check_number, check_tensor
 from pixelss._dtype import promote
 from pixelss._labels import valid_pixels
 from pixelss._lattice import PermutohedralLattice
-from pixelss._resize import resize, scaled_side
+from pixelss._resize import resize
 
 _TINY, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
@@ -103,8 +103,11 @@ def dense_energy_loss(
         lattices = energy_lattices(images, bilateral=bilateral, scale=scale)
     if len(lattices) != B:
         raise ValueError(f"lattices must be one an image, {B}, but are {len(lattices)}. Build them of these images.")
-    size = scaled_side(H, scale), scaled_side(W, scale)
-    p = resize(promote(logits).softmax(1), size)  # (B, K, h, w)
+    size = _side(H, scale), _side(W, scale)
+    p = promote(logits).softmax(1)
+    if logits.shape[-2:] == (H, W):  # the last row of an odd side has no cell
+        p = p[..., : round(size[0] / scale), : round(size[1] / scale)]
+    p = resize(p, size)  # (B, K, h, w)
     inside = p.new_ones(B, *size)
     if region is not None:
         check_tensor("region", region, "BHW", kind="any", like=images, B=B, H=H, W=W)
@@ -139,10 +142,16 @@ class _Energy(torch.autograd.Function):
         return grads[0] * (filtered + other), None, None, None
 
 
+def _side(side: int, scale: float) -> int:
+    """Return the scaled side: rounded down, as torch's interpolation by a factor, and so the public code."""
+    return max(1, int(side * scale))
+
+
 def _nearest(x: Tensor, scale: float) -> Tensor:
     """Return x (B, C, H, W) at `scale`, each pixel the one at its upper left, as torch's nearest interpolation."""
-    (H, W) = x.shape[-2:]
+    H, W = x.shape[-2:]
     rows, columns = (
-        (torch.arange(scaled_side(side, scale), device=x.device) * side) // scaled_side(side, scale) for side in (H, W)
+        (torch.arange(_side(side, scale), device=x.device, dtype=torch.float64) / scale).long().clamp(max=side - 1)
+        for side in (H, W)
     )
     return x.index_select(-2, rows).index_select(-1, columns)
