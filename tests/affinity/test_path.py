@@ -52,6 +52,14 @@ def test_affinity_equals_the_loop(size, dtype, device):
     assert_matches(path_affinity, lambda x: path_affinity_by_loops(x, 5), boundary, dtype=dtype, device=device)
 
 
+@pytest.mark.parametrize(("radius", "cells"), [(5, 242), (10, 2134)])
+def test_paths_have_as_many_cells_as_irnets(radius, cells):
+    boundary = torch.zeros(1, 1, 41, 41)
+    boundary[..., 20, 20] = 1  # on as many paths as there are cells on all paths from one cell
+    affinity = path_affinity(boundary, radius=radius)[..., 10:-10, 10:-10]  # pairs inside the map
+    assert (affinity == 0).sum() == cells
+
+
 def test_all_affinities_are_irnets():
     golden = field("irn")
     affinity, dense = path_affinity(golden["edge"][None])[0], golden["dense_affinity"]

@@ -21,7 +21,8 @@ SIGNATURES = {
 
 def probs(b: Batch) -> tuple[Tensor, Tensor]:
     """Return two sure and different maps of probabilities, as two CRFs do."""
-    return (8 * b.probs).softmax(1), (8 * b.probs.flip(-1)).softmax(1)
+    sure = (8 * b.probs.detach()).softmax(1)
+    return sure, sure.flip(-1)
 
 
 BLOCKS = {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pixelss._checks import check_tensor
+from pixelss._dtype import promote
 from pixelss._pairs import Offsets, pair_offsets, shifted
 
 
@@ -23,7 +24,8 @@ def path_affinity(boundary: Tensor, *, radius: int = 5) -> Tensor:
 
     Shape:
         (B, 1, h, w) -> (B, O, h, w): entry o at cell p is the affinity of p and p + pair_offsets(radius)[o], as
-        `affinity_loss` and `random_walk` take it. IRNet walks with scores times (1 - boundary), beta 10, 2^8 steps.
+        `affinity_loss` and `random_walk` take it; float32 for half precision. IRNet walks with scores times
+        (1 - boundary), beta 10, 2^8 steps.
 
     Raises:
         TypeError, ValueError: a boundary of another rank or dtype; `radius` out of range.
@@ -38,6 +40,7 @@ def path_affinity(boundary: Tensor, *, radius: int = 5) -> Tensor:
     """
     offsets = pair_offsets(radius)
     check_tensor("boundary", boundary, "BChw", hint="One channel: take its sigmoid if it holds logits.", C=1)
+    boundary = promote(boundary)
     paths = []
     for dy, dx in offsets:
         cells = shifted(boundary[:, 0], _path(dy, dx), outside=1.0)

@@ -62,7 +62,7 @@ def pixel_correlation(embedding: Tensor, scores: Tensor, *, eps: float = 1e-5) -
         else:
             part = block(e, a, columns)
         parts.append(part)
-    return torch.cat(parts, 2).view(B, -1, h, w)
+    return torch.cat(parts, 2).view(scores.shape)
 
 
 class PixelCorrelation(nn.Module):

@@ -43,7 +43,7 @@ def patch_token_contrast(features: Tensor, mask: Tensor, *, ignore_index: int = 
     check_integer("ignore_index", ignore_index)
     cells = mask.long().flatten(1)
     cells = cells.masked_fill(cells == ignore_index, -1)  # negative: void
-    loss: Tensor = _PatchContrast.apply(normalize(promote(features).flatten(2), dim=1), cells)
+    loss: Tensor = _PatchContrast.apply(promote(features).flatten(2), cells)
     return loss
 
 
@@ -51,22 +51,25 @@ class _PatchContrast(torch.autograd.Function):
     """The loss and, beside it, its gradient: what the backward pass needs is as small as the tokens."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cells: Tensor) -> Tensor:
-        same_pairs, other_pairs = x.new_zeros(()), x.new_zeros(())
+    def forward(ctx: Any, features: Tensor, cells: Tensor) -> Tensor:
+        same_pairs, other_pairs = features.new_zeros(()), features.new_zeros(())
         for one in cells:  # counted first: the pairs of all images share a mean
             same, both = _pairs_of(one)
             same_pairs, other_pairs = same_pairs + same.sum(), other_pairs + (both & ~same).sum()
-        total, gradient = x.new_zeros(()), torch.zeros_like(x)
-        with full_precision(x):
+        total, gradient = features.new_zeros(()), torch.zeros_like(features)
+        with full_precision(features):
             for b, one in enumerate(cells):
                 same, both = _pairs_of(one)
                 weight = both / (other_pairs + 1) / 2
-                weight = torch.where(same, -1 / (same_pairs + 1) / 2, weight.to(x.dtype))
-                cosine = x[b].mT @ x[b]  # (hw, hw)
+                weight = torch.where(same, -1 / (same_pairs + 1) / 2, weight.to(features.dtype))
+                length = features[b].norm(dim=0).clamp(min=1e-12)
+                x = features[b] / length  # (D, hw)
+                cosine = x.mT @ x  # (hw, hw)
                 total = total + (cosine.abs() * weight).sum()
-                gradient[b] = 2 * x[b] @ (cosine.sign() * weight)  # symmetric: p, q and q, p
+                slope = 2 * x @ (cosine.sign() * weight)  # symmetric: p, q and q, p
+                gradient[b] = (slope - x * (x * slope).sum(0)) / length  # of a zero token: 0, as its slope
         ctx.save_for_backward(gradient)
-        return total + torch.where(same_pairs > 0, 0.5, 0.0).to(x.dtype)
+        return total + torch.where(same_pairs > 0, 0.5, 0.0).to(features.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
