@@ -44,7 +44,7 @@ def vote_segments(
     Example:
         >>> mask = torch.tensor([[[1, 1, 0, 0, 2]]])
         >>> vote_segments(mask, torch.tensor([[[7, 7, 7, 4, 4]]]), num_classes=2)
-        tensor([[[1, 1, 1, 0, 2]]])
+        tensor([[[1, 1, 1, 2, 2]]])
     """
     B, H, W = check_tensor("mask", mask, "BHW", kind="integer")
     if isinstance(segments, Tensor) and segments.ndim == 4:
