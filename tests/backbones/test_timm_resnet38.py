@@ -104,6 +104,7 @@ def test_resnet38_as_backbone() -> None:
 
 
 @pytest.mark.usefixtures("no_draws")
+@pytest.mark.filterwarnings("ignore:.*lacks .* tensors of ResNet38")
 def test_published_weights_load_into_the_classifier(tmp_path: Path) -> None:
     net = timm.create_model("resnet38", num_classes=2)
     torch.save({"bn7.bias": torch.full((4096,), 3.0), "fc8.weight": torch.zeros(2, 4096)}, tmp_path / "weights.pth")

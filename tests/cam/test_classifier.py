@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pixelss import CAMOutput, EMATeacher, classifier_cam, multi_scale_forward
 
 SIGNATURES = {"classifier_cam": "(model, *, features=None, classifier=None)"}
-BLOCKS = {"classifier_cam": "makes a network of a network, no tensor"}
+BLOCKS = {"classifier_cam": "a network of the user's, which keeps what it promises"}
 
 VIT: dict[str, Any] = {"img_size": (64, 96), "embed_dim": 24, "depth": 2, "num_heads": 2}
 SWIN: dict[str, Any] = {"img_size": (64, 96), "embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
