@@ -59,22 +59,27 @@ def sinkhorn_affinity_by_loops(affinity: Tensor, *, iterations: int = 3, power: 
     return torch.stack(results) if results else affinity
 
 
+MADE = {"checks": "its entry makes the argument of other tensors"}
 BLOCKS = {
     "attention_affinity": Block(
         lambda b: attention_affinity(attention_of(b, 6)),
         lambda b: attention_affinity_by_loops(attention_of(b, 6)),
+        but=MADE,
     ),
     "attention_affinity sum": Block(
         lambda b: attention_affinity(attention_of(b, 6), skip=2, layers=1, reduce="sum"),
         lambda b: attention_affinity_by_loops(attention_of(b, 6), skip=2, layers=1, reduce="sum"),
+        but=MADE,
     ),
     "sinkhorn_affinity": Block(
         lambda b: sinkhorn_affinity(cell_affinity(b, 5)),
         lambda b: sinkhorn_affinity_by_loops(cell_affinity(b, 5)),
+        but=MADE,
     ),
     "sinkhorn_affinity power": Block(
         lambda b: sinkhorn_affinity(cell_affinity(b, 4), iterations=1, power=3),
         lambda b: sinkhorn_affinity_by_loops(cell_affinity(b, 4), iterations=1, power=3),
+        but=MADE,
     ),
 }
 

@@ -110,7 +110,7 @@ TAPS = [torch.rand(2, 3, 4, 5), torch.rand(2, 5, 2, 3)]
         (TAPS[:1], ValueError, "taps must hold 2 tensors, as in_channels, but holds 1"),
         (TAPS[0], TypeError, "taps"),
         ([TAPS[0], TAPS[1][:1]], ValueError, r"taps\[1\].*B"),
-        (TAPS[::-1], ValueError, r"taps\[0\].*C.*Its channels are in_channels"),
+        (TAPS[::-1], ValueError, r"taps\[0\] must have shape .*C is 5"),
         ([TAPS[0], TAPS[1].long()], TypeError, r"taps\[1\]"),
         ([TAPS[0], TAPS[1].to("meta")], ValueError, r"taps\[1\] must lie on cpu"),
     ],

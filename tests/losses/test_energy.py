@@ -21,6 +21,7 @@ SIGNATURES = {
 
 NARROW = (4.0, 60.0)  # at which pixels of a few cells and of noise still differ
 COUNTS = dict.fromkeys(("compile", "no wait"), "the lattice counts cells: their number decides a shape")
+COUNTS["checks"] = "its entry makes the arguments of other tensors"
 
 
 def arguments(b: Batch, *, known: bool) -> dict:
@@ -61,9 +62,12 @@ def dense_energy_loss_by_loops(
     """- 1/B sum_b sum_k sum_pq q_pk g_p F_pq q_qk, F the lattice's matrix, which test_lattice checks."""
     B, _, H, W = images.shape
     K = logits.shape[1]
-    h, w = (max(1, int(side * scale + 0.5)) for side in (H, W))
-    cells = [(y, x, y * H // h, x * W // w) for y, x in product(range(h), range(w))]  # and the pixel of each
-    p = bilinear(logits.softmax(1), (h, w))
+    h, w = (max(1, int(side * scale)) for side in (H, W))
+    pixels = [[min(int(i / scale), side - 1) for i in range(cells)] for cells, side in ((h, H), (w, W))]
+    cells = [(y, x, pixels[0][y], pixels[1][x]) for y, x in product(range(h), range(w))]  # and the pixel of each
+    p = logits.softmax(1)
+    p = p[..., : round(h / scale), : round(w / scale)] if p.shape[2:] == (H, W) else p
+    p = bilinear(p, (h, w))
     total = logits.sum() * 0
     for b in range(B):
         sxy, srgb = bilateral[0] * scale, bilateral[1]

@@ -43,12 +43,14 @@ def refined_and_cam(loss: Callable[..., Tensor]) -> Callable[[Batch], Tensor]:
 
 BLOCKS = {
     "equivariance_loss": Block(
-        both_views(lambda *x: equivariance_loss(*x)), both_views(lambda *x: equivariance_loss_by_loops(*x))
+        both_views(lambda *x: equivariance_loss(*x)),
+        both_views(lambda *x: equivariance_loss_by_loops(*x)),
+        but={"checks": "its entry makes the arguments of other tensors"},
     ),
     "cross_equivariance_loss": Block(
         refined_and_cam(lambda *x: cross_equivariance_loss(*x)),
         refined_and_cam(lambda *x: cross_equivariance_loss_by_loops(*x)),
-        but={"gradient": "the target carries none"},
+        but={"gradient": "the target carries none", "checks": "its entry makes the arguments of other tensors"},
     ),
     "min_pooling_loss": Block(
         lambda b: min_pooling_loss(b.raw[2], b.tags), lambda b: min_pooling_loss_by_loops(b.raw[2], b.tags)

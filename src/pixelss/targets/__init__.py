@@ -11,16 +11,9 @@ __all__ = [
     "ClassRegionMask",
     "EMATeacher",
     "PrototypeBank",
-    "class_prototypes",
-    "class_region_mask",
-    "confident_mask",
-]
-__all__ = [
-    "ClassRegionMask",
-    "EMATeacher",
-    "PrototypeBank",
     "boundary_mask",
     "class_prototypes",
     "class_region_mask",
+    "confident_mask",
     "reliable_mask",
 ]

@@ -44,9 +44,9 @@ def boundary_mask(
         Chen 2020, "Weakly Supervised Semantic Segmentation with Boundary Exploration", section 3.2.
 
     Example:
-        >>> mask = torch.tensor([[[0, 0, 0, 0, 1, 1, 1, 1]]])
-        >>> boundary_mask(mask, 1, window=3)[0, 0]
-        tensor([  0,   0,   0, 255, 255,   1,   1,   1])
+        >>> mask = torch.tensor([[[0, 0, 0, 255, 1, 1, 1]]])
+        >>> boundary_mask(mask, 1, window=7)[0, 0]
+        tensor([  0, 255, 255,   2, 255, 255,   1])
     """
     check_tensor("mask", mask, "BHW", kind="integer")
     check_count("num_classes", num_classes)
