@@ -45,7 +45,7 @@ def learn() -> torch.nn.Sequential:
     pool, rng, bce = scenes(320, seed=0), np.random.default_rng(1), torch.nn.BCEWithLogitsLoss()
     region, bank = pixelss.ClassRegionMask(threshold=0.3), pixelss.PrototypeBank(len(CLASSES))
     rcl, mal = pixelss.RegionalContrastiveLoss(), pixelss.MultiScaleAttentiveLoss()
-    for steps, lr, momentum, blocks in ((50, 0.02, 0.9, False), (200, 0.04, 0.0, True)):
+    for steps, lr, momentum, blocks in ((50, 0.02, 0.9, False), (100, 0.04, 0.0, True)):
         optimizer = torch.optim.SGD(student.parameters(), lr=lr, momentum=momentum, weight_decay=5e-4)
         schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
         teacher = pixelss.EMATeacher(student, momentum=0.99)
