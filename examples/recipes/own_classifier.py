@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -20,7 +21,8 @@ def main() -> None:
     network = pixelss.classifier_cam(model).eval()
     pool = scenes(4, seed=0)
     levels = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in pool])  # uint8, for the CRF
-    mean, std = (torch.tensor(model.default_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    config: Any = model.default_cfg
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     tags = torch.tensor([[float(name in scene.names) for name in CLASSES] for scene in pool])
     truth = torch.stack([torch.from_numpy(scene.mask).long() for scene in pool])
 
