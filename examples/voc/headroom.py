@@ -24,6 +24,7 @@ from data import VOCFolder
 from inference import autocast
 from networks import build_cam
 from parallel import process_group, rank, share
+from plan import print_pace
 from run import HERE, check, guarded, load_config
 from runfolder import UserError
 from stages import Run
@@ -121,7 +122,8 @@ def main() -> None:
         run = Run(config, VOCFolder(Path(options.data), config.data.classes), Path(), device)
         found = headroom(run)
         if rank() == 0:
-            print(as_markdown(found, config.cam.threshold))
+            print(as_markdown(found, config.cam.threshold), end="\n\n")
+            print_pace(config.cam, len(run.data.stems(config.data.train)))
 
 
 if __name__ == "__main__":

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from config import Config
+from config import CAM, Config
 from data import BadFileError, VOCFolder, read_list
 from parallel import world_size
 from pipeline import STAGES
 from stages import Files, Plan
+from training import total_steps
 
 # A step of train_cam with ResNet38 at batch 16, crop 192, scales .5, 1 and 2 costs 49.7 TFLOP: student forward and
 # backward (3 forwards) and teacher forward (1). So much is one forward pass of one pixel:
 _TFLOP_PER_PIXEL = 49.7 / (16 * 192**2 * (0.5**2 + 1 + 2**2) * 4)
 _TFLOPS = 450  # of bf16 a second: 57% of an H100's measured 790
+_LAG = 10  # every training from a converged start with a lag of 15 or more has collapsed
 
 
 def missing(config: Config, root: Path, stages: Sequence[str]) -> list[str]:
@@ -87,6 +89,29 @@ def cost(config: Config, data: VOCFolder, stages: Sequence[str]) -> dict[str, fl
     return costs
 
 
+def pace(cam: CAM, images: int) -> tuple[float, float]:
+    """Return the teacher's lag and the training's distance, in units of the learning rate times the gradient.
+
+    The lag is lr / (1 - SGD's momentum) / (1 - alpha), 3.3 in the paper; the distance the sum of lr / (1 - SGD's
+    momentum) over the steps, 68 in the paper.
+    """
+    rate = cam.optimizer.lr / (1 - cam.optimizer.momentum)
+    steps = total_steps(cam.schedule, images)
+    distance = rate * sum((1 - step / steps) ** cam.optimizer.power for step in range(steps))
+    behind = 1 - cam.teacher_momentum
+    return rate / behind if behind else float("inf"), distance
+
+
+def print_pace(cam: CAM, images: int) -> None:
+    """Print lag and distance, and a warning where the lag is such as has ended in a collapse."""
+    lag, distance = pace(cam, images)
+    print(f"train_cam: the teacher lags by {lag:.1f}, the training goes {distance:.1f} far (the paper's: 3.3 and 68).")
+    if lag > _LAG and (cam.rcm > 0 or cam.mam > 0):
+        print(
+            f"A lag above {_LAG} has ended in dead CAMs: lower cam.teacher_momentum, cam.optimizer.lr or its momentum."
+        )
+
+
 def print_plan(config: Config, data: VOCFolder | None, stages: list[str], finished: list[str]) -> None:
     """Print the stages, which are finished, and what the others cost; `data` is None where it is incomplete."""
     estimate = cost(config, data, stages) if data and config.network.backbone == "resnet38" else {}
@@ -95,6 +120,8 @@ def print_plan(config: Config, data: VOCFolder | None, stages: list[str], finish
         tflop = 0 if stage in finished else estimate.get(stage, 0)
         numbers = f"{tflop / 1e3:8.0f}{tflop / _TFLOPS / 3600 / world_size():8.2f}" if tflop else ""
         print(f"{stage:15}{'finished' if stage in finished else 'to do':10}{numbers}")
+    if data and "train_cam" in stages:
+        print_pace(config.cam, len(data.stems(config.data.train)))
     if estimate:
         print(
             f"An estimate, not a measurement: ResNet38 alone, at {_TFLOPS} TFLOP/s in bf16 (57% of what an H100 gave),"

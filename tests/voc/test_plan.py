@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from config import CAM, Optimizer, Schedule
 from data import VOCFolder
-from plan import cost
+from plan import cost, pace, print_pace
 from run import load_config, main
 
 from tests.distributed import run_processes
@@ -49,6 +50,20 @@ def test_dry_run_names_everything_missing(tmp_path: Path, shapes: Path, call: Ca
     (tmp_path / "kept.xml").rename(shapes / "Annotations" / "train_0002.xml")
     assert "1 of 6 annotations of train.txt are missing" in message
     assert "train_0002.xml" in message
+
+
+def test_pace_of_the_paper_and_of_ten_times_its_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    lag, distance = pace(load_config([VOC / "paper.yaml"], []).cam, 10_582)
+    assert round(lag, 1) == 3.3
+    assert 65 < distance < 72
+    fast = CAM(optimizer=Optimizer(lr=0.01, momentum=0.9), schedule=Schedule(iterations=3))
+    assert pace(fast, 1)[0] == pytest.approx(33.3, abs=0.1)
+    assert pace(fast, 1)[1] == pytest.approx(0.1 * (1 + (2 / 3) ** 0.9 + (1 / 3) ** 0.9))
+    print_pace(fast, 1)
+    assert "lower cam.teacher_momentum" in capsys.readouterr().out
+    print_pace(CAM(rcm=0, mam=0, optimizer=Optimizer(lr=0.01, momentum=0.9)), 1)
+    assert "lower cam.teacher_momentum" not in capsys.readouterr().out
+    assert pace(CAM(teacher_momentum=1.0), 16)[0] == float("inf")
 
 
 def plan_of(rank: int, root: str, out: str) -> str:
