@@ -68,5 +68,5 @@ def test_headroom_command_prints_a_table(finished: tuple[Path, str], shapes: Pat
     assert lines[0] == "| scale | CAM | target of MMM | target of MAM |"
     assert [line.split()[1] for line in lines[2:6]] == ["x0.5", "x1", "x2", "all"]
     assert re.fullmatch(r"\| x2 \| [\d.]+ \| [\d.]+ \([+-][\d.]+\) \| [\d.]+ \([+-][\d.]+\) \|", lines[4])
-    assert any(line.startswith("train_cam: the teacher lags by") for line in lines[7:])
-    assert "mask at threshold 0.2: mIoU" in lines[-1]
+    assert any(line.startswith("train_cam: the teacher lags by") for line in lines)
+    assert any("mask at threshold 0.2: mIoU" in line for line in lines)
