@@ -79,6 +79,7 @@ napoleon_use_ivar = True
 napoleon_custom_sections = ["Shape", "Reference"]
 # Types of other packages: their inventories are not fetched, so that the build works offline.
 _FOREIGN = "ArrayLike|Pixels|ndarray|NDArray|Tensor|ModuleT|Sequence|Mapping|Callable|Any|Offsets"
+_FOREIGN += "|ClassifierCAM|TimmBackbone"  # types that calls return, and nobody makes
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|numpy|np|nn|os|collections|typing|matplotlib|timm)(\..*)?"),
     ("py:.*", rf"(.*\.)?({_FOREIGN})"),

@@ -40,8 +40,8 @@ def classifier_cam(
       is the classifier's answer to each patch token in the class token's place; with two classifiers (distilled
       networks) it is the mean of both. A batch norm there takes its stored statistics, in training too.
 
-    A network of timm needs no names. Of any other, name the two parts: `classifier_cam(resnet50(), features="layer4",
-    classifier="fc")` for torchvision's, `features="vit", classifier="classifier"` for a ViT of transformers. The
+    A network of timm needs no names. Of any other, name the two parts: `features="layer4"` and `classifier="fc"` of
+    torchvision's ResNet, `features="vit"` and `classifier="classifier"` of a ViT of transformers. The
     model is run once on two random images, in a copy that shares its tensors, to see which layers lie between the parts
     and that the CAM is what is said above. It is left as it is; no hook stays on it between two calls.
 
