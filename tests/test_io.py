@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
-import pickle
 import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from pixelss import io, viz
+from tests.test_unpickle import save
 
 SIGNATURES = {
     "read_cam": "(path, num_classes, *, maps=None, background=False)",
@@ -40,15 +39,6 @@ def expected(classes=(3, 7), num_classes=20):
     for n, one in zip(classes, MAPS, strict=True):
         cam[n] = one
     return cam
-
-
-def save(path: Path, content: object, protocol: int | None) -> Path:
-    """Write by `np.save`, or by `pickle.dump` with a protocol."""
-    if protocol is None:
-        np.save(path.with_suffix(".npy"), content, allow_pickle=True)
-        return path.with_suffix(".npy")
-    path.write_bytes(pickle.dumps(content, protocol))
-    return path
 
 
 FILES = {
@@ -90,59 +80,6 @@ def test_background_of_crf_scores(tmp_path):
     with pytest.raises(ValueError, match=r"classes in 0..19, but holds 20. .* Pass background=True"):
         io.read_cam(path, 20)
     assert (io.read_cam(path, 20, background=True) == expected((0, 20), 21)).all()
-
-
-RAN: list[str] = []
-
-
-class Call:
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("protocol", [None, *range(6)])
-@pytest.mark.parametrize(
-    "call",
-    [
-        Call(os.system, "touch RAN"),
-        Call(eval, "open('RAN', 'w')"),
-        Call(np.load, "other.npy", None, True),
-        Call(torch.load, "other.pt"),
-        Call(getattr, "x", "upper"),
-        Call(Path, "RAN"),
-    ],
-    ids=["system", "eval", "np.load", "torch.load", "getattr", "Path"],
-)
-def test_nothing_runs(call, protocol, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for content in ({1: call}, call, {"keys": call, "high_res": MAPS}):
-        path = save(tmp_path / "x", content, protocol)
-        with pytest.raises(ValueError, match=r"wants \w+(\.\w+)*, which could run code|wants .*\.\w+, which could"):
-            io.read_cam(path, 20)
-    assert not (tmp_path / "RAN").exists()
-
-
-def test_a_tensor_inside_runs_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    inner = tmp_path / "inner.pt"
-    torch.save(Call(os.system, "touch RAN"), inner)
-    path = save(tmp_path / "x", {1: Call(torch.storage._load_from_bytes, inner.read_bytes())}, 2)
-    with pytest.raises(ValueError, match="damaged"):
-        io.read_cam(path, 20)
-    assert not (tmp_path / "RAN").exists()
-
-
-def test_a_file_changes_nothing_of_ours(tmp_path):
-    before = torch._utils._rebuild_tensor_v2.__defaults__
-    # The attribute __defaults__ of the function, by the opcode BUILD with a state of slots.
-    code = b"ctorch._utils\n_rebuild_tensor_v2\n(N}X\x0c\x00\x00\x00__defaults__(I1\ntstb."
-    (tmp_path / "x").write_bytes(b"\x80\x02" + code)
-    with pytest.raises(ValueError, match="must hold a dict of CAMs, but holds function"):
-        io.read_cam(tmp_path / "x", 20)
-    assert torch._utils._rebuild_tensor_v2.__defaults__ == before
 
 
 @pytest.mark.parametrize(

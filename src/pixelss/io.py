@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from pixelss._checks import check_count, check_tensor
 from pixelss._palette import voc_palette
+from pixelss._unpickle import load_arrays
 
 __all__ = ["COCO_CLASSES", "VOC_CLASSES", "read_cam", "read_mask", "write_mask"]
 
@@ -74,7 +73,7 @@ def read_cam(
         ((20, 3, 4), np.float32(1.0), np.float32(12.0))
     """
     check_count("num_classes", num_classes)
-    content = _load(Path(path))
+    content = load_arrays(Path(path))
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a dict of CAMs, but holds {_kind(content)}.")
     if "keys" in content:
@@ -260,68 +259,3 @@ def _array(path: str | os.PathLike[str], value: object) -> NDArray[Any]:
     if array.dtype.kind not in "iuf":
         raise ValueError(f"{path} must hold maps of numbers, but holds {type(value).__name__}, {array.dtype}.")
     return array
-
-
-def _load(path: Path) -> object:
-    """Return what a .npy or pickle file holds, by the restricted unpickler."""
-    with path.open("rb") as file:
-        start = file.read(6)
-        file.seek(0)
-        try:
-            if start != b"\x93NUMPY":
-                return _Unpickler(file).load()
-            version = np.lib.format.read_magic(file)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = header(file)
-            if not dtype.hasobject:
-                file.seek(0)
-                return np.load(file, allow_pickle=False)
-            content = _Unpickler(file).load()
-        except _RefusedError:
-            raise
-        except Exception as error:
-            raise ValueError(f"{path} is no file of np.save or pickle, or is damaged ({error}).") from error
-    return content.item() if isinstance(content, np.ndarray) and content.shape == shape == () else content
-
-
-class _RefusedError(ValueError):
-    """Content that could run code."""
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds numpy arrays, tensors and Python's own containers alone: no other name is looked up."""
-
-    def __init__(self, file: Any) -> None:
-        super().__init__(file, encoding="latin1")  # arrays of Python 2 need it
-        self.name = getattr(file, "name", "the file")
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("numpy.core", "numpy._core")
-        if (module, name) not in _ALLOWED:
-            raise _RefusedError(
-                f"{self.name} wants {module}.{name}, which could run code: numbers, arrays and tensors alone are read."
-            )
-        return _ALLOWED[module, name]()
-
-
-# What a pickle of arrays and tensors calls, as functions that cannot be turned against us. They are made anew for every
-# file, as a pickle can set attributes of what it is given.
-_ALLOWED: dict[tuple[str, str], Callable[[], Any]] = {
-    ("numpy", "ndarray"): lambda: None,  # an argument of _reconstruct, never called
-    ("numpy", "dtype"): lambda: np.dtype,
-    ("numpy._core.multiarray", "_reconstruct"): lambda: lambda *_: np.empty(0, np.int8),  # filled by its __setstate__
-    ("numpy._core.multiarray", "scalar"): lambda: lambda dtype, content: np.frombuffer(content, dtype)[0],
-    ("numpy._core.numeric", "_frombuffer"): lambda: lambda *args: _from_buffer(*args),  # of protocol 5
-    ("collections", "OrderedDict"): lambda: OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): lambda: lambda *args: torch._utils._rebuild_tensor_v2(*args),
-    ("torch.storage", "_load_from_bytes"): lambda: lambda content: _storage(content),
-    ("_codecs", "encode"): lambda: lambda text, _: text.encode("latin1"),  # the bytes of protocols below 3
-}
-
-
-def _storage(content: bytes) -> Any:
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def _from_buffer(buffer: Any, dtype: Any, shape: Any, order: Any) -> NDArray[Any]:
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order).copy(order=order)

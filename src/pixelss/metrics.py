@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pixelss._checks import check_count, check_sequence, check_tensor, check_void
+from pixelss._counts import joint_counts, rates, union, wrong_value
 from pixelss._distributed import sum_over_processes
 from pixelss._dtype import promote
 
@@ -112,21 +113,25 @@ class ConfusionMatrix(nn.Module):
         hint = f"Class scores? Take their argmax over the class axis. {_DEVICE_HINT}"
         B, H, W = check_tensor("pred", pred, "BHW", kind="integer", like=self.counts, hint=hint)
         check_tensor("target", target, "BHW", kind="integer", like=pred, hint=_DEVICE_HINT, B=B, H=H, W=W)
-        counts, wrong = _joint_counts(target, self.num_classes, self.ignore_index, pred, self.num_classes)
+        counts, wrong = joint_counts(target, self.num_classes, self.ignore_index, pred, self.num_classes)
         if wrong:
             K = self.num_classes
             bad = (target.long() != self.ignore_index) & ((pred.long() < 0) | (pred.long() >= K))
             wanted = f"classes in 0..{K - 1} where target counts"
-            raise _wrong_value("pred", pred[bad], wanted, "num_classes counts the background too.")
+            raise wrong_value("pred", pred[bad], wanted, "num_classes counts the background too.")
         self.counts.add_(counts)
 
     def compute(self) -> SegmentationScores:
         """Return the scores of everything counted so far, over all processes; every process must call it."""
-        return _scores(sum_over_processes(self.counts))
+        iou, precision, recall = rates(self._total())
+        return SegmentationScores(iou.nanmean(), iou, precision, recall)
+
+    def _total(self) -> Tensor:
+        return sum_over_processes(self.counts).double()
 
     def pixel_accuracy(self) -> Tensor:
         """Return the share of pixels that are right, a scalar."""
-        counts = sum_over_processes(self.counts).double()
+        counts = self._total()
         return counts.diagonal().sum() / counts.sum()
 
     def mean_accuracy(self) -> Tensor:
@@ -135,13 +140,13 @@ class ConfusionMatrix(nn.Module):
 
     def false_positives(self) -> Tensor:
         """Return FP / (TP + FP + FN) of every class, (K,): with IoU and false negatives it adds up to 1."""
-        counts = sum_over_processes(self.counts).double()
-        return (counts.sum(0) - counts.diagonal()) / _union(counts)
+        counts = self._total()
+        return (counts.sum(0) - counts.diagonal()) / union(counts)
 
     def false_negatives(self) -> Tensor:
         """Return FN / (TP + FP + FN) of every class, (K,)."""
-        counts = sum_over_processes(self.counts).double()
-        return (counts.sum(1) - counts.diagonal()) / _union(counts)
+        counts = self._total()
+        return (counts.sum(1) - counts.diagonal()) / union(counts)
 
     def foreground_miou(self) -> Tensor:
         """Return the mean IoU over classes 1 to K - 1, where it is not NaN, a scalar."""
@@ -257,12 +262,12 @@ class ThresholdSweep(nn.Module):
         check_tensor("target", target, "BHW", kind="integer", like=cam, hint=hint, B=B, H=H, W=W)
         inside = (cam >= -_CAM_TOLERANCE) & (cam <= 1 + _CAM_TOLERANCE)
         if not inside.all():
-            raise _wrong_value("cam", cam[~inside], "finite values in [0, 1]", "Raw CAM? Call normalize_cam first.")
+            raise wrong_value("cam", cam[~inside], "finite values in [0, 1]", "Raw CAM? Call normalize_cam first.")
         strongest, best = cam.detach().max(1)  # (B, H, W) each
         strongest = promote(strongest)
         below = torch.searchsorted(self.thresholds.to(strongest.dtype), strongest)
         T, K, _ = self.histogram.shape
-        counts, _ = _joint_counts(target, K, self.ignore_index, below * N + best, T * N)  # (K, T N)
+        counts, _ = joint_counts(target, K, self.ignore_index, below * N + best, T * N)  # (K, T N)
         self.histogram.add_(counts.view(K, T, N).transpose(0, 1))
 
     def compute(self) -> SweepScores:
@@ -270,10 +275,9 @@ class ThresholdSweep(nn.Module):
         histogram = sum_over_processes(self.histogram)
         background = histogram.cumsum(0)[:-1]  # (T, K, N): not above the threshold
         foreground = histogram.sum(0) - background
-        scores = _scores(torch.cat([background.sum(-1, keepdim=True), foreground], -1))  # of (T, K, K)
-        precision, recall = scores.precision.nanmean(-1), scores.recall.nanmean(-1)
-        best = int(scores.miou.max(0).indices)
-        return SweepScores(self.thresholds.clone(), scores.miou, precision, recall, best)
+        confusion = torch.cat([background.sum(-1, keepdim=True), foreground], -1)  # (T, K, K)
+        miou, precision, recall = (rate.nanmean(-1) for rate in rates(confusion))
+        return SweepScores(self.thresholds.clone(), miou, precision, recall, int(miou.max(0).indices))
 
     def reset(self) -> None:
         """Forget everything counted so far; the thresholds stay."""
@@ -290,50 +294,3 @@ class ThresholdSweep(nn.Module):
         """Describe the settings in the module's repr."""
         T = self.thresholds.numel()
         return f"num_classes={self.num_classes}, thresholds={T}, ignore_index={self.ignore_index}"
-
-
-def _scores(counts: Tensor) -> SegmentationScores:
-    """Return the scores of confusion matrices (..., K, K) with rows the target, columns the prediction."""
-    counts = counts.double()
-    hits = counts.diagonal(dim1=-2, dim2=-1)
-    predicted, actual = counts.sum(-2), counts.sum(-1)
-    iou = hits / _union(counts)
-    return SegmentationScores(iou.nanmean(-1), iou, hits / predicted, hits / actual)
-
-
-def _joint_counts(target: Tensor, num_classes: int, ignore_index: int, index: Tensor, size: int) -> tuple[Tensor, bool]:
-    """Return the pixels of each class of `target` and each `index` in 0..size - 1, (K, size), and if an index is wrong.
-
-    Void is left out. All is counted in one pass, with rows and columns of its own for what is out of range: picking the
-    valid pixels first takes five times as long. Raises on a wrong target.
-    """
-    K = num_classes
-    target, index = _signed(target), _signed(index)
-    row = target.clamp(-1, K).int().masked_fill_(target == ignore_index, K + 1)  # -1..K + 1; clamped: a cast may wrap
-    column = index.clamp(-1, size).int()  # -1..size
-    cell = (row + 1).mul_(size + 2).add_(column).add_(1)
-    table = torch.bincount(cell.flatten(), minlength=(K + 3) * (size + 2)).view(K + 3, size + 2)
-    counted = table[1 : K + 1]
-    wrong_target, wrong_index = torch.stack([table[[0, K + 1]].sum(), counted[:, [0, -1]].sum()]).tolist()
-    if wrong_target:
-        bad = (target != ignore_index) & ((target < 0) | (target >= K))
-        wanted = f"classes in 0..{K - 1} or ignore_index={ignore_index}"
-        hint = "Is that value void? Pass it as ignore_index. A colour mask? Decode it to class indices."
-        raise _wrong_value("target", target[bad], wanted, hint)
-    return counted[:, 1:-1], wrong_index > 0
-
-
-def _signed(x: Tensor) -> Tensor:
-    """Return integers in a type that holds -1 beside 255."""
-    if x.dtype in (torch.int32, torch.int64):
-        return x
-    return x.int() if x.dtype.itemsize < 4 else x.long()
-
-
-def _union(counts: Tensor) -> Tensor:
-    """Return TP + FP + FN of every class, (..., K), of confusion matrices (..., K, K)."""
-    return counts.sum(-2) + counts.sum(-1) - counts.diagonal(dim1=-2, dim2=-1)
-
-
-def _wrong_value(name: str, values: Tensor, wanted: str, hint: str) -> ValueError:
-    return ValueError(f"{name} must hold {wanted}, but holds {values[0].item()}. {hint}")
