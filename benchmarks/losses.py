@@ -22,14 +22,14 @@ B, D, N, CELLS, PIXELS, SCALES = 16, 256, 20, 24, 192, 3
 
 
 def literal_contrastive(features: Tensor, mask: Tensor, prototypes: Tensor) -> Tensor:
-    """Upsample, normalise, softmax: Eq. 4-5 as written."""
+    """Upsample, normalise, softmax: Yoon Eq. 4, Yoon Eq. 5 as written."""
     pixels = normalize(interpolate(features, mask.shape[-2:], mode="bilinear", align_corners=False), dim=1)
     z = torch.einsum("bdhw,kd->bkhw", pixels, normalize(prototypes, dim=1)) / 0.5
     return cross_entropy(z, mask)
 
 
 def literal_attentive(student: list[Tensor], teacher: list[Tensor], tags: Tensor) -> Tensor:
-    """Eq. 6-8 over all N classes, the absent ones multiplied by zero."""
+    """Yoon Eq. 6, Yoon Eq. 7, Yoon Eq. 8 over all N classes, the absent ones multiplied by zero."""
     loss = student[0].new_zeros(())
     for a in student:
         with torch.no_grad():

@@ -142,7 +142,7 @@ class CAM:
     """Stage train_cam: the CAM network and the paper's losses.
 
     Args:
-        cls: weight of the classification loss (lambda_1 of Eq. 9).
+        cls: weight of the classification loss (lambda_1 of Yoon Eq. 9).
         rcm: weight of the regional contrastive loss.
         mam: weight of the multi-scale attentive loss.
         direct: weight of the direct loss (Table 2, Exp. 1).
@@ -152,7 +152,7 @@ class CAM:
         cls_scales: of the classification loss, a part of `scales`.
         mam_student_scales: of the student in the attentive loss, a part of `scales`; null: all; one for SMM.
         attentive: false sets xi = 1 (MMM, SMM).
-        form: of the contrastive loss: infonce, or ratio as Eq. 5 is printed.
+        form: of the contrastive loss: infonce, or ratio as Yoon Eq. 5 is printed.
         temperature: T.
         threshold: of the class region mask.
         teacher_momentum: alpha; 0 shares the weights.

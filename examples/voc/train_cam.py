@@ -92,7 +92,7 @@ def collapse_signals(student: list[Tensor], teacher: list[Tensor], tags: Tensor)
     """Return what announces a collapse of the CAMs, over present classes: a gap well below 0, zeros rising, a low peak.
 
     `gap` is the mean of target - CAM where the CAM lives, `zeros` the share of exactly zero pixels, `peak` the mean
-    over maps of the target's maximum; the target is that of Eq. 7.
+    over maps of the target's maximum; the target is that of Yoon Eq. 7.
     """
     image, k = (tags > 0).nonzero().to(student[0].device, non_blocking=True).unbind(1)
     cams, sources = (torch.stack([cam[image, k] for cam in side]) for side in (student, teacher))

@@ -67,7 +67,7 @@ numbers_of_scales = pytest.mark.parametrize("scales", [(3, 3), (1, 3), (3, 1), (
 
 
 def scale_dissimilarity_by_loops(student: Tensor, teacher: Tensor) -> Tensor:
-    """Eq. 6: xi_ij = 2 - cos(A_i, A_j) over pixels, (S,P,H,W), (R,P,H,W) -> (P,S,R)."""
+    """Yoon Eq. 6: xi_ij = 2 - cos(A_i, A_j) over pixels, (S,P,H,W), (R,P,H,W) -> (P,S,R)."""
     xi = []
     for p, i, j in product(range(student.shape[1]), range(len(student)), range(len(teacher))):
         a, b = student[i, p].flatten(), teacher[j, p].flatten()
@@ -78,7 +78,7 @@ def scale_dissimilarity_by_loops(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def attentive_target_by_loops(student: Tensor, teacher: Tensor, attentive: bool = True) -> Tensor:
-    """Eq. 7: target_i = 1/R sum_j xi_ij A_j, without gradient; xi = 1 where not attentive."""
+    """Yoon Eq. 7: target_i = 1/R sum_j xi_ij A_j, without gradient; xi = 1 where not attentive."""
     student, teacher = student.detach(), teacher.detach()
     xi = scale_dissimilarity_by_loops(student, teacher) if attentive else None
     target = torch.zeros_like(student)
@@ -95,7 +95,7 @@ def multi_scale_attentive_loss_by_loops(
     attentive: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
-    """Eq. 8: L1 distance to the target, summed over student scales; mean over (present pair, pixel) or sum."""
+    """Yoon Eq. 8: L1 distance to the target, summed over student scales; mean over (present pair, pixel) or sum."""
     total, count = sum(active(cam).sum() for cam in student_cams) * 0, 0
     for b, k in tags.gt(0).nonzero().tolist():
         student = torch.stack([active(cam[b, k]) for cam in student_cams])[:, None]
@@ -112,7 +112,7 @@ def pairs(batch: Batch) -> tuple[Tensor, Tensor]:
     return torch.stack(batch.student).flatten(1, 2), torch.stack(batch.teacher).flatten(1, 2)
 
 
-# Eq. 6
+# Yoon Eq. 6
 
 
 @dtypes
@@ -158,7 +158,7 @@ def test_dissimilarity_of_disjoint_or_zero_maps_is_two():
     assert scale_dissimilarity(student, teacher).tolist() == [[[2.0, 1.0], [2.0, 2.0]]]
 
 
-# Eq. 7
+# Yoon Eq. 7
 
 
 @dtypes
@@ -194,7 +194,7 @@ def test_target_is_not_clamped():
     assert attentive_target(left, right).flatten().tolist() == [0.0, 2.0]
 
 
-# Eq. 8
+# Yoon Eq. 8
 
 
 def assert_loss_equals_the_loop(batch: Batch, dtype=torch.float64, device="cpu", **settings) -> None:
