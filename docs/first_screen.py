@@ -1,11 +1,11 @@
 """Draw docs/first-screen.png: from a tag to a mask on a photograph, and on a generated image beside its truth.
 
-    python docs/first_screen.py runs/paper/train_cam/model.pt
+    python docs/first_screen.py examples/voc/runs/start/train_cam/model.pt
 
-The argument is the CAM network of a run of examples/voc with mini.yaml (tf_efficientnet_lite0 at stride 16, VOC's 20
-classes); it is not in the repository. The photograph is scikit-image's astronaut (NASA, public domain), which the
-network was not trained on. The generated image and its network come from examples/small.py. Both images, the threshold
-and the CRF's settings were chosen by eye: a picture, not a measurement.
+The argument is the CAM network of the first command of examples/voc/RESULTS.md (mini.yaml with mini_start.yaml:
+tf_efficientnet_lite0 at stride 16, VOC's 20 classes); it is not in the repository. The photograph is scikit-image's
+astronaut (NASA, public domain), which the network was not trained on. The generated image and its network come from
+examples/small.py. Both images, the threshold and the CRF's settings were chosen by eye: a picture, not a measurement.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def generated_row() -> Pixels:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw docs/first-screen.png.")
-    parser.add_argument("weights", type=Path, help="model.pt of train_cam with mini.yaml")
+    parser.add_argument("weights", type=Path, help="model.pt of train_cam with mini.yaml and mini_start.yaml")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "first-screen.png")
     args = parser.parse_args()
     picture = np.concatenate([photograph_row(args.weights), generated_row()])

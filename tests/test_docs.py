@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,39 +19,10 @@ ROOT = Path(__file__).parent.parent
 DOCS, EXAMPLES = ROOT / "docs", ROOT / "examples"
 BLOCKS = sorted((DOCS / "blocks").rglob("*.md"))
 PAGES = sorted([*DOCS.glob("*.md"), *BLOCKS])
-TEXTS = [
-    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
-    *(EXAMPLES / "voc" / name for name in ("README.md", "RESULTS.md")),
-    *PAGES,
-]
+TEXTS = sorted({*ROOT.glob("*.md"), *(ROOT / ".github").rglob("*.md"), *EXAMPLES.rglob("*.md"), *PAGES})
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.py"))
-NO_EQUATION = {"resnet38", "any_timm", "overlays", "plots", "io"}
-NO_PICTURE = {
-    "io": "it reads and writes files",
-    "classifier": "its CAMs look as others do",
-    "refine/labels": "the CRF shows the same step",
-    "confident": "two maps in, one out",
-    "resnet38": "without trained weights a backbone shows nothing",
-    "any_timm": "without trained weights a backbone shows nothing",
-    "attention": "without trained weights attention shows nothing",
-    "tokens": "without trained weights a class token attends to nothing in particular",
-    "segments": "segments come from elsewhere",
-    "centroids": "without a trained displacement nothing is led anywhere",
-    "affinity": "the labels and the head have one each",
-    "cross_entropy": "the segmentation network has one",
-    "path": "the labels of pairs have one",
-    "boundary": "the labels of pairs have one",
-    "reliable": "the CRF has one",
-    "correlation": "the CAM head has one",
-    "losses/equivariance": "two maps and their difference say no more than the formula",
-    "losses/energy": "the CRF shows what the same filter does",
-    "losses/token_contrast": "pairs of tokens have no place on an image",
-    "losses/segment_contrast": "the regional contrast has one",
-    "losses/reactivation": "what changes is the classifier",
-    "losses/boundary": "the zones, a target, are what can be seen",
-    "losses/displacement": "a field of arrows is no mask",
-}
+NO_EQUATION = {"backbones", "viz", "io"}  # rooms whose pages may go without
 
 
 def load(path):
@@ -135,10 +107,10 @@ def test_the_landing_example_has_twelve_lines_at_most():
 def test_a_block_page_has_its_parts_in_order(page):
     text = page.read_text()
     call, picture = text.index("```python\n"), text.find(f"/_pictures/{page.stem}.png")
-    named = {page.stem, f"{page.parent.name}/{page.stem}"}
-    assert (picture > call) is not bool(named & NO_PICTURE.keys())
+    why_not = re.search(r"^There is no picture on this page[:;] .{10,}\.$", text, re.MULTILINE)
+    assert (picture > call) is not bool(why_not), "a picture, or one line that says why there is none"
     assert text.count("literalinclude") == 0 if picture < 0 else text.index("<details>") > picture
-    assert ("$$" in text) is (page.stem not in NO_EQUATION)
+    assert "$$" in text or {page.parent.name, page.stem} & NO_EQUATION
     assert call < text.index("## Pitfalls") < text.index("## API")
 
 
@@ -149,10 +121,69 @@ def test_a_block_page_begins_with_a_short_call_of_the_block(page):
     assert [name for name in described(page) if re.search(rf"\b{name}\(", code)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=relative)
+@pytest.mark.parametrize("page", TEXTS, ids=relative)
 def test_code_is_at_most_92_columns_wide(page):
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    assert not [line for block in blocks for line in block.splitlines() if len(line) > 92]
+    blocks = re.findall(r"^ *([`:]{3})(?:\{code-block\} )?\w+\n(.*?)^ *\1", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert not [line for _, block in blocks for line in block.splitlines() if len(line) > 92]
+
+
+def prose(text):
+    """The lines of a text that are prose, by paragraph or item; code, formulas, addresses and tables are out."""
+    text = re.sub(r"\A---\n.*?^---$", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^ *([`:]{3}).*?^ *\1$|^\$\$.*?\$\$$", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"`[^`\n]*`|\$[^$\n]+\$", "x", text)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    text = re.sub(r"^(?:\||#|<|\(\S+\)=).*$", "", text, flags=re.MULTILINE)
+    paragraphs = re.split(r"\n\s*\n|^ *(?:[-*]|\d+\.) ", text, flags=re.MULTILINE)
+    return [paragraph.strip().splitlines() for paragraph in paragraphs if paragraph.strip()]
+
+
+# A sentence's end, and the next one's beginning; a bold heading on the line of its text is no sentence.
+TWO_SENTENCES = re.compile(r"(?<!\bEq)(?<!\bExp)(?<!\bal)[a-z0-9x%)\]\"*][.!?][\")*]* +[*(\"\[]*[A-Zx]")
+HEADING = re.compile(r"^\*\*[^*]+\*\* ")
+
+
+def unlike_a_sentence(text):
+    """The lines that hold more than one sentence, and those that begin in the middle of one."""
+    found = []
+    for lines in prose(text):
+        found += [line for line in lines if TWO_SENTENCES.search(HEADING.sub("", line))]
+        found += [b for a, b in pairwise(lines) if not re.search(r"[.!?:][\")*]*$", a.rstrip())]
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if page.name not in ("api.md", "papers.md")], ids=relative)
+def test_a_line_of_prose_is_one_sentence(page):
+    assert not unlike_a_sentence(page.read_text())
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("One. Two.", 1),
+        ("- One of `f(x)`. *Two*, a few.\n- Three.", 1),
+        ("One that\ngoes on.", 1),
+        ("**Heading.** One (Eq. 2, Exp. 1), x0.5 ... x2.\nTwo:\n\n| a. B | c |\n", 0),
+        ("1. One.\n   Two.\n\n```sh\na. B\nc\n```\n$$a. B$$", 0),
+    ],
+)
+def test_two_sentences_on_a_line_are_seen(text, count):
+    assert len(unlike_a_sentence(text)) == count
+
+
+def test_equations_of_texts_and_examples_are_spelled_out():
+    generated = {"README.md", "api.md", "papers.md"}
+    files = [path for folder in (EXAMPLES, ROOT / "benchmarks") for path in folder.rglob("*.*")]
+    files = [path for path in files if path.suffix in {".py", ".yaml", ".ipynb"}]
+    for path in (*files, *(page for page in TEXTS if page.name not in generated or page.parent == EXAMPLES / "voc")):
+        text = path.read_text()
+        assert len(re.findall(r"\b[A-Z]\w+ Eq\. \d+(?! ?[-&] ?\d)", text)) == len(re.findall(r"\bEq\. \d", text)), path
+
+
+def anchors(text):
+    """The headings of a Markdown text as GitHub and the site name them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=relative)
@@ -171,11 +202,13 @@ def test_what_a_page_includes_and_links_to_exists(page):
             assert re.search(wanted, content.decode(), re.MULTILINE), (target, option, value)
         assert kind != "figure" or ":alt:" in options
     site = f"{generate.URL}/blob/main/"
-    for link in re.findall(r"\]\((?!https?://)([^)#\s]+)", text):
-        target = page.parent / link
+    links = [(ROOT, *link) for link in re.findall(rf"\]\({site}([^)#\s]+)#?([^)\s]*)\)", text)]
+    links += [(page.parent, *link) for link in re.findall(r"\]\((?!https?://)([^)#\s]+)#?([^)\s]*)\)", text)]
+    links += [(page.parent, page.name, anchor) for anchor in re.findall(r"\]\(#([^)\s]+)\)", text)]
+    for folder, link, anchor in links:
+        target = folder / link
         assert target.exists() or EXAMPLES / "notebooks" / target.name in NOTEBOOKS, link
-    for link in re.findall(rf"\]\({site}([^)#\s]+)", text):
-        assert (ROOT / link).exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), f"{link}#{anchor}"
 
 
 def test_texts_and_examples_name_only_what_exists():

@@ -12,13 +12,13 @@ from data import BadFileError, VOCFolder, read_list
 from parallel import world_size
 from pipeline import STAGES
 from stages import Files, Plan
-from training import total_steps
+from training import gate_step, total_steps
 
 # A step of train_cam with ResNet38 at batch 16, crop 192, scales .5, 1 and 2 costs 49.7 TFLOP: student forward and
 # backward (3 forwards) and teacher forward (1). So much is one forward pass of one pixel:
 _TFLOP_PER_PIXEL = 49.7 / (16 * 192**2 * (0.5**2 + 1 + 2**2) * 4)
-_TFLOPS = 450  # of bf16 a second: 57% of an H100's measured 790
-_LAG = 10  # every training from a converged start with a lag of 15 or more has collapsed
+_TFLOPS = 450  # of bf16 a second, assumed for an H100, 45% of its makers' 989; no stage has run on one
+_LAG = 10  # between 6.7, the longest that was sound from a converged start, and 15, which was not (RESULTS.md)
 
 
 def missing(config: Config, root: Path, stages: Sequence[str]) -> list[str]:
@@ -92,23 +92,27 @@ def cost(config: Config, data: VOCFolder, stages: Sequence[str]) -> dict[str, fl
 def pace(cam: CAM, images: int) -> tuple[float, float]:
     """Return the teacher's lag and the training's distance, in units of the learning rate times the gradient.
 
-    The lag is lr / (1 - SGD's momentum) / (1 - alpha), 3.3 in the paper; the distance the sum of lr / (1 - SGD's
-    momentum) over the steps, 68 in the paper.
+    Both count from the step where the first module starts, with the rate that the schedule has there. The lag is
+    lr / (1 - SGD's momentum) / (1 - alpha), 3.3 in the paper; the distance the sum of lr / (1 - SGD's momentum) over
+    the steps, 68 in the paper.
     """
-    rate = cam.optimizer.lr / (1 - cam.optimizer.momentum)
     steps = total_steps(cam.schedule, images)
-    distance = rate * sum((1 - step / steps) ** cam.optimizer.power for step in range(steps))
+    gates = [(cam.rcm, cam.rcm_gate), (cam.direct, cam.rcm_gate), (cam.mam, cam.mam_gate)]
+    start = min((gate_step(gate, cam.schedule, images) for weight, gate in gates if weight > 0), default=0)
+    rate = cam.optimizer.lr / (1 - cam.optimizer.momentum)
+    rates = [rate * (1 - step / steps) ** cam.optimizer.power for step in range(min(start, steps - 1), steps)]
     behind = 1 - cam.teacher_momentum
-    return rate / behind if behind else float("inf"), distance
+    return rates[0] / behind if behind else float("inf"), sum(rates)
 
 
 def print_pace(cam: CAM, images: int) -> None:
-    """Print lag and distance, and a warning where the lag is such as has ended in a collapse."""
+    """Print lag and distance, and a warning where no training with such a lag was sound."""
     lag, distance = pace(cam, images)
     print(f"train_cam: the teacher lags by {lag:.1f}, the training goes {distance:.1f} far (the paper's: 3.3 and 68).")
     if lag > _LAG and (cam.rcm > 0 or cam.mam > 0):
         print(
-            f"A lag above {_LAG} has ended in dead CAMs: lower cam.teacher_momentum, cam.optimizer.lr or its momentum."
+            f"No training with a lag above {_LAG} was sound (RESULTS.md): lower cam.teacher_momentum, cam.optimizer.lr "
+            "or its momentum."
         )
 
 
@@ -123,9 +127,7 @@ def print_plan(config: Config, data: VOCFolder | None, stages: list[str], finish
     if data and "train_cam" in stages:
         print_pace(config.cam, len(data.stems(config.data.train)))
     if estimate:
-        print(
-            f"An estimate, not a measurement: ResNet38 alone, at {_TFLOPS} TFLOP/s in bf16 (57% of what an H100 gave),"
-        )
+        print(f"An estimate, not a measurement: ResNet38 alone, at {_TFLOPS} TFLOP/s in bf16 (assumed for an H100),")
         print("photographs of 500 x 375; loading, CRF and random walk come on top.")
     elif data:
         print("No estimate: the figures at hand are ResNet38's.")

@@ -60,5 +60,5 @@ def test_labels_equal_the_c_code_s_on_photographs(K):
         pixels += image.shape[0] * image.shape[1]
     assert len(stems) == 60
     assert changed > 0.01 * pixels, "the CRF must have something to do"
-    assert equal >= 0.999 * pixels
+    assert equal == pixels
     print(f"K={K}: {equal / pixels:.6%} equal labels; the CRF changed {changed / pixels:.2%}")

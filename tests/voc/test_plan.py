@@ -14,7 +14,11 @@ from config import CAM, Optimizer, Schedule
 from data import VOCFolder
 from plan import cost, pace, print_pace
 from run import load_config, main
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from pixelss import CAMHead, resnet38
+from pixelss.io import VOC_CLASSES
 from tests.distributed import run_processes
 from tests.voc.runs import VOC, Call
 
@@ -66,6 +70,19 @@ def test_pace_of_the_paper_and_of_ten_times_its_rate(capsys: pytest.CaptureFixtu
     assert pace(CAM(teacher_momentum=1.0), 16)[0] == float("inf")
 
 
+def test_pace_counts_from_the_step_where_the_modules_start(capsys: pytest.CaptureFixture[str]) -> None:
+    demo = load_config([VOC / "demo.yaml"], []).cam  # its modules join for the last fifth
+    lag, distance = pace(demo, 320)
+    assert lag == pytest.approx(0.3 * 0.2**0.9 / 0.02)
+    assert distance == pytest.approx(0.3 * sum((left / 300) ** 0.9 for left in range(1, 61)))
+    print_pace(demo, 320)
+    assert "lower" not in capsys.readouterr().out
+    demo.rcm = demo.mam = 0.0
+    assert pace(demo, 320)[0] == pytest.approx(15)
+    demo.mam, demo.mam_gate.iterations = 1.0, 300  # never: as at the last step
+    assert pace(demo, 320)[1] == pytest.approx(0.3 * (1 / 300) ** 0.9)
+
+
 def plan_of(rank: int, root: str, out: str) -> str:
     """Print the plan in one of several processes."""
     sys.argv = ["run.py", "--data", root, "--out", out, "--config", str(VOC / "demo.yaml"), "--dry-run"]
@@ -80,12 +97,21 @@ def test_dry_run_of_two_processes_prints_one_plan(shapes: Path, tmp_path: Path) 
     assert second == ""
 
 
-def test_estimate_is_the_measured_step(shapes: Path) -> None:
+def test_estimate_is_what_resnet38_costs_a_pixel(shapes: Path) -> None:
     settings = load_config([VOC / "paper.yaml"], ["--cam.schedule.iterations=1", "--data.train=train"])
     settings.data.val, settings.data.test = "val", None
     settings.data.classes = None
-    data, flipped = VOCFolder(shapes), 2 * (0.5**2 + 1 + 1.5**2 + 2**2) * 375 * 500
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        nn.Sequential(resnet38(), CAMHead(4096, 20))(torch.rand(1, 3, 96, 96))
+    tflop = counter.get_total_flops() / 96**2 / 1e12
+    step = 4 * 16 * (96**2 + 192**2 + 384**2)  # student forth and back, teacher forth; crops at three scales
+    scored = 6 * 2 * (0.5**2 + 1 + 1.5**2 + 2**2) * 375 * 500  # images, with their mirror images, at four scales
+    data = VOCFolder(shapes)
     estimate = cost(settings, data, ["train_cam", "score_cam", "evaluate"])
-    pixel = 49.7 / (16 * 192**2 * (0.5**2 + 1 + 2**2) * 4)
-    assert estimate == pytest.approx({"train_cam": 49.7, "score_cam": 6 * flipped * pixel})
+    assert estimate == pytest.approx({"train_cam": step * tflop, "score_cam": scored * tflop}, rel=1e-3)
     assert cost(settings, data, ["train_cam", "infer_cam", "score_cam"]).keys() == {"train_cam", "infer_cam"}
+
+
+@pytest.mark.parametrize("name", ["paper.yaml", "mini.yaml"])
+def test_the_classes_of_the_settings_are_voc_s(name: str) -> None:
+    assert tuple(load_config([VOC / name], []).data.classes or ()) == VOC_CLASSES
