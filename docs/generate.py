@@ -114,6 +114,12 @@ BIBLIOGRAPHY = {
         "CVPR 2024",
         "https://github.com/sangrockEG/S2C",
     ),
+    "Li 2021": Paper(
+        "Yi Li, Zhanghui Kuang, Liyang Liu, Yimin Chen, Wayne Zhang",
+        "Pseudo-mask Matters in Weakly-supervised Semantic Segmentation",
+        "ICCV 2021",
+        arxiv("2108.12995"),
+    ),
     "Lin 2023": Paper(
         "Yuqi Lin, Minghao Chen, Wenxiao Wang, Boxi Wu, Ke Li, Binbin Lin, Haifeng Liu, Xiaofei He",
         "CLIP is Also an Efficient Segmenter: A Text-Driven Approach for Weakly Supervised Semantic Segmentation",

@@ -147,6 +147,18 @@ def attentive_picture() -> viz.Pixels:
     return viz.grid(rows, titles=["scale 0.5", "scale 1", "scale 2"], names=names, heat="CAM or target (above 1: 1)")
 
 
+def proportional_picture() -> viz.Pixels:
+    claimed = cam > 0.15  # low, so that they overlap
+    shared = pixelss.proportional_mask(cam, claimed, tags)
+    rows = []
+    for b in range(2):
+        own = [torch.where(claimed[b, k], k + 1, 0) for k in tags[b].nonzero()[:, 0].tolist()]
+        maps = [*own, pixelss.class_region_mask(cam, tags, threshold=0.15)[b], shared[b]]
+        rows.append([image[b], *(viz.overlay_mask(image[b], m) for m in maps)])
+    titles = ["image", "claimed by one", "by the other", "the larger CAM", "the larger share"]
+    return viz.grid(rows, titles=titles, legend=LEGEND)
+
+
 def direct_picture() -> viz.Pixels:
     rows, names = [], []
     for b, k in tags.nonzero().tolist():
@@ -252,6 +264,16 @@ def walk_picture() -> viz.Pixels:
         names.append(CLASSES[k])
     titles = ["image", "before", "after 16 steps", "labels before", "labels after"]
     return viz.grid(rows, titles=titles, names=names, legend=LEGEND, heat="score / its maximum")
+
+
+def smoothing_picture() -> viz.Pixels:
+    smoothed = pixelss.variation_smoothing(cam, strength=1.0)
+    rows, names = [], []
+    for b, k in tags.nonzero().tolist():
+        heat = [viz.overlay_cam(image[b], c[b, k]) for c in (cam, smoothed)]
+        rows.append([image[b], *heat, viz.overlay_mask(image[b], masks[b])])
+        names.append(CLASSES[k])
+    return viz.grid(rows, titles=["image", "CAM", "smoothed", "truth"], names=names, legend=LEGEND, heat="CAM")
 
 
 def segmentation_net() -> torch.nn.Module:

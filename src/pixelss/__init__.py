@@ -69,6 +69,7 @@ from pixelss.refine import (
     pseudo_labels,
     random_walk,
     refine_by_affinity,
+    variation_smoothing,
     vote_segments,
 )
 from pixelss.segmentation import LargeFOV, multi_scale_inference
@@ -80,6 +81,7 @@ from pixelss.targets import (
     class_prototypes,
     class_region_mask,
     confident_mask,
+    proportional_mask,
     reliable_mask,
 )
 
@@ -144,6 +146,7 @@ __all__ = [
     "path_affinity",
     "pixel_adaptive_refinement",
     "pixel_correlation",
+    "proportional_mask",
     "pseudo_labels",
     "random_walk",
     "reactivation_loss",
@@ -156,6 +159,7 @@ __all__ = [
     "sinkhorn_affinity",
     "timm_backbone",
     "token_affinity_loss",
+    "variation_smoothing",
     "vit_attention",
     "vote_segments",
 ]

@@ -8,6 +8,7 @@ from pixelss.refine.centroids import centroids
 from pixelss.refine.crf import DenseCRF, dense_crf
 from pixelss.refine.labels import pseudo_labels
 from pixelss.refine.segments import vote_segments
+from pixelss.refine.smoothing import variation_smoothing
 from pixelss.refine.walk import random_walk
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "pseudo_labels",
     "random_walk",
     "refine_by_affinity",
+    "variation_smoothing",
     "vote_segments",
 ]

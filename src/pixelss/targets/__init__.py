@@ -2,6 +2,7 @@
 
 from pixelss.targets.boundary import boundary_mask
 from pixelss.targets.confident import confident_mask
+from pixelss.targets.proportional import proportional_mask
 from pixelss.targets.prototype import PrototypeBank, class_prototypes
 from pixelss.targets.region import ClassRegionMask, class_region_mask
 from pixelss.targets.reliable import reliable_mask
@@ -15,5 +16,6 @@ __all__ = [
     "class_prototypes",
     "class_region_mask",
     "confident_mask",
+    "proportional_mask",
     "reliable_mask",
 ]
