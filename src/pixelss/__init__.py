@@ -54,6 +54,7 @@ from pixelss.losses import (
     scale_dissimilarity,
     segment_contrast,
     token_affinity_loss,
+    underfit_cross_entropy,
 )
 from pixelss.metrics import ConfusionMatrix, SegmentationScores, SweepScores, ThresholdSweep
 from pixelss.refine import (
@@ -159,6 +160,7 @@ __all__ = [
     "sinkhorn_affinity",
     "timm_backbone",
     "token_affinity_loss",
+    "underfit_cross_entropy",
     "variation_smoothing",
     "vit_attention",
     "vote_segments",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from pixelss import balanced_cross_entropy, multi_scale_cross_entropy
+from pixelss import balanced_cross_entropy, multi_scale_cross_entropy, underfit_cross_entropy
 from tests import oracles
 from tests.blocks import Block
 from tests.oracles import assert_matches, bilinear, interpolate, labelled, value_and_grads
@@ -21,6 +21,7 @@ from tests.strategies import SIZES, Batch, batches, make_batch, noise
 SIGNATURES = {
     "multi_scale_cross_entropy": "(logits, mask, *, ignore_index=255)",
     "balanced_cross_entropy": "(logits, mask, *, ignore_index=255)",
+    "underfit_cross_entropy": "(logits, mask, *, start=0.5, limit=0.5, kind='clamp', ignore_index=255)",
 }
 
 BLOCKS = {
@@ -32,6 +33,26 @@ BLOCKS = {
     "balanced_cross_entropy": Block(
         lambda b: balanced_cross_entropy(b.raw[2], b.mask),
         lambda b: balanced_cross_entropy_by_loops(b.raw[2], b.mask),
+        but={"finite": "takes logits, which must be finite"},
+    ),
+    "underfit_cross_entropy": Block(
+        lambda b: underfit_cross_entropy(b.raw[2], b.mask),
+        lambda b: underfit_cross_entropy_by_loops(b.raw[2], b.mask),
+        but={"finite": "takes logits, which must be finite"},
+    ),
+    "underfit_cross_entropy clamp": Block(
+        lambda b: underfit_cross_entropy(b.raw[2], b.mask, start=9),
+        lambda b: underfit_cross_entropy_by_loops(b.raw[2], b.mask, start=9),
+        but={"finite": "takes logits, which must be finite"},
+    ),
+    "underfit_cross_entropy pow": Block(
+        lambda b: underfit_cross_entropy(b.raw[2], b.mask, start=9, kind="pow"),
+        lambda b: underfit_cross_entropy_by_loops(b.raw[2], b.mask, start=9, kind="pow"),
+        but={"finite": "takes logits, which must be finite"},
+    ),
+    "underfit_cross_entropy ignore": Block(
+        lambda b: underfit_cross_entropy(b.raw[2], b.mask, start=9, limit=1.2, kind="ignore"),
+        lambda b: underfit_cross_entropy_by_loops(b.raw[2], b.mask, start=9, limit=1.2, kind="ignore"),
         but={"finite": "takes logits, which must be finite"},
     ),
 }
@@ -57,6 +78,34 @@ def balanced_cross_entropy_by_loops(logits: Tensor, mask: Tensor, ignore_index: 
     for b, i, j, k in labelled(mask, logits.shape[1] - 1, ignore_index):
         parts[k > 0].append(torch.log(torch.exp(logits[b, :, i, j]).sum()) - logits[b, k, i, j])
     return logits.sum() * 0 + sum(sum(part) / len(part) for part in parts.values() if part)
+
+
+def underfit_cross_entropy_by_loops(
+    logits: Tensor,
+    mask: Tensor,
+    *,
+    start: float = 0.5,
+    limit: float = 0.5,
+    kind: str = "clamp",
+    ignore_index: int = 255,
+) -> Tensor:
+    zero = logits.sum() * 0
+    losses = [zero] * mask.numel()
+    _, H, W = mask.shape
+    void = True
+    for b, i, j, k in labelled(mask, logits.shape[1] - 1, ignore_index):
+        losses[(b * H + i) * W + j] = torch.log(torch.exp(logits[b, :, i, j]).sum()) - logits[b, k, i, j]
+        void = False
+    mean = sum(losses) / len(losses) if losses else zero
+    if void or not mean < start:
+        return mean
+    spared = []
+    for loss in losses:
+        if kind == "pow":
+            spared.append((loss + 1e-9) ** limit)
+        else:
+            spared.append(loss if loss <= limit else zero + (limit if kind == "clamp" else 0))
+    return sum(spared) / len(spared)
 
 
 def loss_of(batch: Batch, **settings: int) -> list[Tensor]:
@@ -239,6 +288,101 @@ def test_balanced_loss_gradcheck():
     assert torch.autograd.gradcheck(lambda x: balanced_cross_entropy(x, mask), logits)
 
 
+# The under-fitting one
+
+kinds = pytest.mark.parametrize("kind", ["clamp", "pow", "ignore"])
+
+
+@kinds
+@pytest.mark.parametrize(("start", "limit"), [(0.5, 0.5), (10.0, 0.3), (0.4, 0.3)])
+def test_underfit_loss_and_gradient_are_pmms(kind, start, limit):
+    a = oracles.field("pmm_underfit")
+    key = f"{kind}_beta{start}_k{limit}" if start > 0.4 else "plain_beta0.5_k0.5"  # the mean loss is 0.47
+    logits = a["logits"].requires_grad_()
+    loss = underfit_cross_entropy(logits, a["labels"], start=start, limit=limit, kind=kind)
+    torch.testing.assert_close(loss, a[f"loss_{key}"], rtol=2e-6, atol=2e-6)
+    if f"grad_{key}" in a:
+        (gradient,) = torch.autograd.grad(loss, logits)
+        torch.testing.assert_close(gradient, a[f"grad_{key}"], rtol=2e-6, atol=2e-6)
+
+
+def test_a_loss_that_has_not_begun_has_the_gradient_of_pmms():
+    a = oracles.field("pmm_underfit")
+    logits = a["logits"].requires_grad_()
+    (gradient,) = torch.autograd.grad(underfit_cross_entropy(logits, a["labels"], start=0), logits)
+    torch.testing.assert_close(gradient, a["grad_plain_beta10.0_k0.3"], rtol=2e-6, atol=2e-6)
+
+
+@given(
+    batch=batches(),
+    void=st.sampled_from([0, 1, -1, 255]),
+    start=st.sampled_from([0.0, 1.0, 9.0]),
+    limit=st.sampled_from([0.3, 1.0, 1.5]),
+    kind=st.sampled_from(["clamp", "pow", "ignore"]),
+)
+def test_any_underfit_loss_equals_the_loop(batch, void, **settings):
+    actual = value_and_grads(
+        lambda x: underfit_cross_entropy(x, batch.mask, ignore_index=void, **settings), batch.raw[2]
+    )
+    expected = value_and_grads(
+        lambda x: underfit_cross_entropy_by_loops(x, batch.mask, ignore_index=void, **settings), batch.raw[2]
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@given(batch=batches())
+def test_an_underfit_loss_without_void_that_has_not_begun_is_cross_entropy(batch):
+    mask = batch.mask.clamp(0, batch.classes)
+    expected = functional.cross_entropy(batch.probs, mask)
+    for settings in ({"start": 0}, {"start": 99, "limit": 99}, {"start": 99, "limit": 99, "kind": "ignore"}):
+        torch.testing.assert_close(underfit_cross_entropy(batch.probs, mask, **settings), expected)
+
+
+@given(batch=batches(), limits=st.tuples(st.floats(0, 3), st.floats(0, 3)).map(sorted))
+def test_a_lower_limit_never_costs_more(batch, limits):
+    for kind in ("clamp", "ignore"):
+        low, high = (
+            underfit_cross_entropy(batch.probs, batch.mask, start=99, limit=limit, kind=kind) for limit in limits
+        )
+        assert 0 <= low <= high + 1e-12
+        assert high <= underfit_cross_entropy(batch.probs, batch.mask, start=0) + 1e-12
+
+
+@pytest.mark.parametrize("kind", ["clamp", "ignore"])
+def test_pixels_that_do_not_fit_lose_their_gradient(kind):
+    logits = torch.tensor([[4.0, 4.0, 0.0], [0.0, 0.0, 4.0]]).view(1, 2, 1, 3).requires_grad_()
+    mask = torch.tensor([[[0, 1, 1]]])  # the second is wrong
+    underfit_cross_entropy(logits, mask, start=2, kind=kind).backward()
+    assert logits.grad.abs().sum(1).gt(0).tolist() == [[[True, False, True]]]
+    logits.grad = None
+    underfit_cross_entropy(logits, mask, start=1, kind=kind).backward()  # the mean loss is 1.35
+    assert logits.grad.abs().sum(1).gt(0).all()
+
+
+@kinds
+@pytest.mark.parametrize("images", [0, 2])
+def test_a_void_or_empty_batch_gives_an_underfit_zero_on_the_graph(kind, images):
+    logits = torch.randn(images, 3, 4, 4, requires_grad=True)
+    loss = underfit_cross_entropy(logits, torch.full((images, 4, 4), 255), kind=kind)
+    assert loss == 0
+    loss.backward()
+    assert not logits.grad.any()
+
+
+@kinds
+def test_logits_that_fit_to_the_last_bit_have_a_finite_gradient(kind):
+    logits = torch.tensor([[99.0, 0.0], [0.0, 1.0]]).view(1, 2, 1, 2).requires_grad_()
+    underfit_cross_entropy(logits, torch.tensor([[[0, 1]]]), kind=kind).backward()
+    assert logits.grad.isfinite().all()
+
+
+@kinds
+def test_underfit_loss_gradcheck(kind):
+    logits = noise(2, 3, 2, 3).requires_grad_()
+    mask = torch.tensor([[[0, 1, 255], [2, 0, 1]]]).expand(2, 2, 3)
+    assert torch.autograd.gradcheck(lambda x: underfit_cross_entropy(x, mask, start=9, kind=kind), logits)
+
+
 # refusals
 
 
@@ -293,3 +437,25 @@ def test_loss_refuses(name, value, error):
 def test_balanced_loss_refuses(name, value, error):
     given_ = {"logits": LOGITS, "mask": MASK[:, :4, :5], "ignore_index": 255}
     oracles.assert_refuses(balanced_cross_entropy, given_, name, value, error)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("logits", LOGITS[0], ValueError),
+        ("logits", LOGITS.long(), TypeError),
+        ("mask", MASK, ValueError),
+        ("mask", MASK[:, :4, :5].float(), TypeError),
+        ("mask", MASK[:, :4, :5].to("meta"), ValueError),
+        ("start", -0.5, ValueError),
+        ("start", "0.5", TypeError),
+        ("limit", -0.5, ValueError),
+        ("limit", float("nan"), ValueError),
+        ("kind", "plain", ValueError),
+        ("kind", None, ValueError),
+        ("ignore_index", 255.0, TypeError),
+    ],
+)
+def test_underfit_loss_refuses(name, value, error):
+    given_ = {"logits": LOGITS, "mask": MASK[:, :4, :5], "start": 0.5, "limit": 0.5, "kind": "clamp"}
+    oracles.assert_refuses(underfit_cross_entropy, given_, name, value, error)

@@ -9,7 +9,7 @@ from pixelss.losses.attentive import (
 )
 from pixelss.losses.boundary import boundary_loss
 from pixelss.losses.contrastive import RegionalContrastiveLoss, regional_contrastive_loss
-from pixelss.losses.cross_entropy import balanced_cross_entropy, multi_scale_cross_entropy
+from pixelss.losses.cross_entropy import balanced_cross_entropy, multi_scale_cross_entropy, underfit_cross_entropy
 from pixelss.losses.direct import direct_loss
 from pixelss.losses.displacement import displacement_loss
 from pixelss.losses.energy import dense_energy_loss, energy_lattices
@@ -41,4 +41,5 @@ __all__ = [
     "scale_dissimilarity",
     "segment_contrast",
     "token_affinity_loss",
+    "underfit_cross_entropy",
 ]

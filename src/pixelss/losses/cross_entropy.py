@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pixelss._checks import check_maps, check_tensor
+from pixelss._checks import check_choice, check_maps, check_number, check_tensor
 from pixelss._dtype import promote
 from pixelss._labels import mean_over, valid_pixels
 from pixelss._resize import resize
@@ -80,3 +81,63 @@ def balanced_cross_entropy(logits: Tensor, mask: Tensor, *, ignore_index: int = 
     label, valid = valid_pixels(mask, K, ignore_index)
     loss = -promote(logits).log_softmax(1).gather(1, label[:, None]).squeeze(1)
     return mean_over(loss, valid & (label == 0)) + mean_over(loss, valid & (label > 0))
+
+
+def underfit_cross_entropy(
+    logits: Tensor,
+    mask: Tensor,
+    *,
+    start: float = 0.5,
+    limit: float = 0.5,
+    kind: Literal["clamp", "pow", "ignore"] = "clamp",
+    ignore_index: int = 255,
+) -> Tensor:
+    """Return the mean cross-entropy; once it is below `start`, that of losses that are kept from being large.
+
+    Pixels that a network which fits the rest does not fit are likely to be labelled wrongly. With l the loss of a
+    pixel: "clamp" takes min(l, `limit`), so that a larger one has no gradient; "pow" takes (l + 1e-9)^`limit`;
+    "ignore" takes 0 where l is larger. Void pixels have l = 0 and count in every mean, as in the public code.
+
+    Args:
+        logits: of every class, the background first, finite.
+        mask: pseudo-labels in 0..N; `ignore_index` and values out of range are void.
+        start: mean loss below which it begins; 0 is never, and the result then plain cross-entropy.
+        limit: the largest loss of a pixel that counts, or for "pow" the power.
+        kind: what becomes of the loss of a pixel.
+        ignore_index: the mask's void value.
+
+    Shape:
+        (B, K, H, W), (B, H, W) -> scalar; float32 for half precision, zero on the graph if all is void.
+
+    Raises:
+        TypeError, ValueError: arguments of another rank, size, dtype kind or device; a setting out of range.
+
+    Reference:
+        Li 2021, "Pseudo-mask Matters", its pretended under-fitting.
+
+    Example:
+        >>> logits = torch.tensor([[4.0, 4.0, 4.0, 0.0], [0.0, 0.0, 0.0, 4.0]]).view(1, 2, 1, 4)
+        >>> mask = torch.tensor([[[0, 0, 1, 255]]])  # the third is wrong: losses 0.0181, 0.0181, 4.0181, 0
+        >>> underfit_cross_entropy(logits, mask)  # their mean, which is above 0.5
+        tensor(1.0136)
+        >>> underfit_cross_entropy(logits, mask, start=2.0)
+        tensor(0.1341)
+    """
+    B, K, H, W = check_tensor("logits", logits, "BKHW")
+    check_tensor("mask", mask, "BHW", kind="integer", like=logits, hint="Resize the logits to it.", B=B, H=H, W=W)
+    check_choice("kind", kind, ("clamp", "pow", "ignore"))
+    largest = torch.finfo(torch.float32).max
+    for name, value in (("start", start), ("limit", limit)):
+        check_number(name, value, low=0, high=largest)
+    label, valid = valid_pixels(mask, K, ignore_index)
+    loss = -promote(logits).log_softmax(1).gather(1, label[:, None]).squeeze(1)
+    loss = loss.where(valid, 0)
+    if kind == "clamp":
+        spared = loss.clamp(max=limit)
+    elif kind == "pow":
+        spared = ((loss + 1e-9) ** limit).where(valid.any(), 0)
+    else:
+        spared = loss.where(loss <= limit, 0)
+    count = max(1, loss.numel())
+    mean = loss.sum() / count
+    return torch.where(mean < start, spared.sum() / count, mean)
