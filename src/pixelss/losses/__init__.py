@@ -10,6 +10,7 @@ from pixelss.losses.attentive import (
 from pixelss.losses.boundary import boundary_loss
 from pixelss.losses.contrastive import RegionalContrastiveLoss, regional_contrastive_loss
 from pixelss.losses.cross_entropy import balanced_cross_entropy, multi_scale_cross_entropy, underfit_cross_entropy
+from pixelss.losses.difference import difference_loss
 from pixelss.losses.direct import direct_loss
 from pixelss.losses.displacement import displacement_loss
 from pixelss.losses.energy import dense_energy_loss, energy_lattices
@@ -28,6 +29,7 @@ __all__ = [
     "class_token_contrast",
     "cross_equivariance_loss",
     "dense_energy_loss",
+    "difference_loss",
     "direct_loss",
     "displacement_loss",
     "energy_lattices",

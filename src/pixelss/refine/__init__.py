@@ -6,6 +6,7 @@ from pixelss.refine.adaptive import PixelAdaptiveRefinement, pixel_adaptive_refi
 from pixelss.refine.attention import cam_boxes, refine_by_affinity
 from pixelss.refine.centroids import centroids
 from pixelss.refine.crf import DenseCRF, dense_crf
+from pixelss.refine.difference import lost_classes, merge_by_difference
 from pixelss.refine.labels import pseudo_labels
 from pixelss.refine.segments import vote_segments
 from pixelss.refine.smoothing import variation_smoothing
@@ -20,6 +21,8 @@ __all__ = [
     "centroids",
     "dense_crf",
     "label_probs",
+    "lost_classes",
+    "merge_by_difference",
     "pixel_adaptive_refinement",
     "pseudo_labels",
     "random_walk",
