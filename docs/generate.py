@@ -144,6 +144,12 @@ BIBLIOGRAPHY = {
         "Foundations and Trends in Theoretical Computer Science 9(2), 2014",
         "https://doi.org/10.1561/0400000065",
     ),
+    "Shimoda 2019": Paper(
+        "Wataru Shimoda, Keiji Yanai",
+        "Self-Supervised Difference Detection for Weakly-Supervised Semantic Segmentation",
+        "ICCV 2019",
+        arxiv("1911.01370"),
+    ),
     "Smith 2015": Paper(
         "Nathaniel Smith, Stéfan van der Walt",
         "A Better Default Colormap for Matplotlib",

@@ -276,6 +276,18 @@ def smoothing_picture() -> viz.Pixels:
     return viz.grid(rows, titles=["image", "CAM", "smoothed", "truth"], names=names, legend=LEGEND, heat="CAM")
 
 
+def difference_picture() -> viz.Pixels:
+    probs = torch.cat([pixelss.background_score(cam, alpha=2), cam], dim=1)
+    strong = pixelss.dense_crf(levels, probs, bilateral=(40.0, 20.0, 10.0))  # too strong for images this small
+    before, after = probs.argmax(1), strong.argmax(1)
+    lost = pixelss.lost_classes(before, after, len(CLASSES))
+    undecided = torch.zeros_like(cam[:, :1])  # the logits of no network: flags and bias alone
+    merged = pixelss.merge_by_difference(before, after, undecided, undecided, lost)
+    maps = [before, after, merged, masks]
+    rows = [[image[b], *(viz.overlay_mask(image[b], m[b]) for m in maps)] for b in range(2)]
+    return viz.grid(rows, titles=["image", "CAM", "after a CRF", "merged", "truth"], legend=LEGEND)
+
+
 def segmentation_net() -> torch.nn.Module:
     """Train a small segmentation network on pseudo-labels of CAM and CRF."""
     pool = scenes(48, seed=3)
