@@ -87,6 +87,7 @@ from pixelss.targets import (
     confident_mask,
     proportional_mask,
     reliable_mask,
+    subcategory_tags,
 )
 
 __version__ = "0.1.0.dev0"
@@ -164,6 +165,7 @@ __all__ = [
     "scale_dissimilarity",
     "segment_contrast",
     "sinkhorn_affinity",
+    "subcategory_tags",
     "timm_backbone",
     "token_affinity_loss",
     "underfit_cross_entropy",

@@ -30,7 +30,7 @@ def difference_loss(logits: Tensor, knowledge: Tensor, advice: Tensor, flags: Te
         TypeError, ValueError: arguments of another rank, size, dtype kind or device.
 
     Reference:
-        Shimoda 2019, "Self-Supervised Difference Detection", section 3.
+        Shimoda 2019, "Self-Supervised Difference Detection", as its code does it.
 
     Example:
         >>> import torch

@@ -33,7 +33,7 @@ def lost_classes(
         TypeError, ValueError: arguments of another rank, size, dtype kind or device; a setting out of range.
 
     Reference:
-        Shimoda 2019, "Self-Supervised Difference Detection", its code.
+        Shimoda 2019, "Self-Supervised Difference Detection", the flags of its code.
 
     Example:
         >>> lost_classes(torch.tensor([[[0, 1, 1, 1]]]), torch.tensor([[[0, 0, 0, 1]]]), 2)
@@ -83,7 +83,7 @@ def merge_by_difference(
         TypeError, ValueError: arguments of another rank, size, dtype kind or device; a setting out of range.
 
     Reference:
-        Shimoda 2019, "Self-Supervised Difference Detection", section 3.
+        Shimoda 2019, "Self-Supervised Difference Detection", as its code does it.
 
     Example:
         >>> knowledge, advice = torch.tensor([[[1, 1, 1]]]), torch.tensor([[[0, 0, 2]]])

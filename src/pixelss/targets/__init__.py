@@ -6,6 +6,7 @@ from pixelss.targets.proportional import proportional_mask
 from pixelss.targets.prototype import PrototypeBank, class_prototypes
 from pixelss.targets.region import ClassRegionMask, class_region_mask
 from pixelss.targets.reliable import reliable_mask
+from pixelss.targets.subcategory import subcategory_tags
 from pixelss.targets.teacher import EMATeacher
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "confident_mask",
     "proportional_mask",
     "reliable_mask",
+    "subcategory_tags",
 ]
