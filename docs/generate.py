@@ -120,6 +120,12 @@ BIBLIOGRAPHY = {
         "ICCV 2021",
         arxiv("2108.12995"),
     ),
+    "Lee 2021": Paper(
+        "Jungbeom Lee, Eunji Kim, Sungroh Yoon",
+        "Anti-Adversarially Manipulated Attributions for Weakly and Semi-Supervised Semantic Segmentation",
+        "CVPR 2021",
+        arxiv("2103.08896"),
+    ),
     "Lin 2023": Paper(
         "Yuqi Lin, Minghao Chen, Wenxiao Wang, Boxi Wu, Ke Li, Binbin Lin, Haifeng Liu, Xiaofei He",
         "CLIP is Also an Efficient Segmenter: A Text-Driven Approach for Weakly Supervised Semantic Segmentation",

@@ -105,6 +105,16 @@ def scales_picture() -> viz.Pixels:
     return viz.grid(rows, titles=["image", "scale 0.5", "scale 1", "scale 2", "msinf_cam"], names=names, heat="CAM")
 
 
+def climbing_picture() -> viz.Pixels:
+    rows, names = [], []
+    sums = [pixelss.climb_cam(student, images, tags, iterations=count) for count in (1, 9, 27)]
+    for b, k in tags.nonzero().tolist():
+        cams = [pixelss.msinf_cam([one], tags, size=images.shape[-2:])[b, k] for one in sums]
+        rows.append([image[b], *(viz.overlay_cam(image[b], c) for c in cams)])
+        names.append(CLASSES[k])
+    return viz.grid(rows, titles=["image", "1 iteration", "9", "27"], names=names, heat="CAM")
+
+
 def region_picture() -> viz.Pixels:
     rows = []
     for b in range(2):

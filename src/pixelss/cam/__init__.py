@@ -2,6 +2,7 @@
 
 from pixelss._maps import normalize_cam
 from pixelss.cam.classifier import classifier_cam
+from pixelss.cam.climbing import climb_cam
 from pixelss.cam.correlation import PixelCorrelation, pixel_correlation
 from pixelss.cam.head import CAMHead, CAMOutput
 from pixelss.cam.scales import msinf_cam, multi_scale_forward
@@ -13,6 +14,7 @@ __all__ = [
     "PixelCorrelation",
     "class_token_cam",
     "classifier_cam",
+    "climb_cam",
     "msinf_cam",
     "multi_scale_forward",
     "normalize_cam",

@@ -139,8 +139,9 @@ class ClassifierCAM(nn.Module):
                 f"it takes, such as {self._plan.size}; for other sizes build a ViT of timm with dynamic_img_size=True, "
                 "dynamic_img_pad=True, a windowed one with strict_img_size=False."
             ) from error
-        cam = read_cells(self.model, self._plan.branches, cells)
-        return CAMOutput(cells.permute(0, 3, 1, 2), cam.permute(0, 3, 1, 2), promote(logits))
+        features = cells.permute(0, 3, 1, 2)
+        cam = read_cells(self.model, self._plan.branches, features.permute(0, 2, 3, 1))  # on the graph of the features
+        return CAMOutput(features, cam.permute(0, 3, 1, 2), promote(logits))
 
     def extra_repr(self) -> str:
         """Say how the logits come about in the module's repr."""

@@ -55,9 +55,9 @@ def multi_scale_forward(
     outputs = []
     for scale in scales:
         scaled = resize(images, (scaled_side(H, scale), scaled_side(W, scale))).to(images.dtype)
-        output = _run(model, scaled, images)
+        output = output_of(model, scaled, images)
         if flip:
-            mirrored = _run(model, scaled.flip(-1), images)
+            mirrored = output_of(model, scaled.flip(-1), images)
             output = CAMOutput(
                 features=(output.features + mirrored.features.flip(-1)) / 2,
                 cam=(output.cam + mirrored.cam.flip(-1)) / 2,
@@ -67,7 +67,7 @@ def multi_scale_forward(
     return tuple(outputs)
 
 
-def _run(model: Callable[[Tensor], CAMOutput], scaled: Tensor, images: Tensor) -> CAMOutput:
+def output_of(model: Callable[[Tensor], CAMOutput], scaled: Tensor, images: Tensor) -> CAMOutput:
     """Return the model's output for `scaled`, in the memory format of `images`."""
     if images.is_contiguous(memory_format=torch.channels_last):
         scaled = scaled.contiguous(memory_format=torch.channels_last)
