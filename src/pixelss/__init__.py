@@ -51,6 +51,7 @@ from pixelss.losses import (
     multi_scale_attentive_loss,
     multi_scale_cross_entropy,
     patch_token_contrast,
+    pixel_prototype_loss,
     reactivation_loss,
     regional_contrastive_loss,
     scale_dissimilarity,
@@ -88,6 +89,7 @@ from pixelss.targets import (
     confident_mask,
     proportional_mask,
     reliable_mask,
+    score_prototypes,
     subcategory_tags,
 )
 
@@ -156,6 +158,7 @@ __all__ = [
     "path_affinity",
     "pixel_adaptive_refinement",
     "pixel_correlation",
+    "pixel_prototype_loss",
     "proportional_mask",
     "pseudo_labels",
     "random_walk",
@@ -165,6 +168,7 @@ __all__ = [
     "reliable_mask",
     "resnet38",
     "scale_dissimilarity",
+    "score_prototypes",
     "segment_contrast",
     "sinkhorn_affinity",
     "subcategory_tags",

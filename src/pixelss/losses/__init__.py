@@ -15,6 +15,7 @@ from pixelss.losses.direct import direct_loss
 from pixelss.losses.displacement import displacement_loss
 from pixelss.losses.energy import dense_energy_loss, energy_lattices
 from pixelss.losses.equivariance import cross_equivariance_loss, equivariance_loss, min_pooling_loss
+from pixelss.losses.pixel_prototype import pixel_prototype_loss
 from pixelss.losses.reactivation import reactivation_loss
 from pixelss.losses.segment_contrast import segment_contrast
 from pixelss.losses.token_contrast import class_token_contrast, patch_token_contrast, token_affinity_loss
@@ -38,6 +39,7 @@ __all__ = [
     "multi_scale_attentive_loss",
     "multi_scale_cross_entropy",
     "patch_token_contrast",
+    "pixel_prototype_loss",
     "reactivation_loss",
     "regional_contrastive_loss",
     "scale_dissimilarity",

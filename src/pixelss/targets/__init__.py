@@ -1,5 +1,6 @@
 """What a loss compares with: masks, prototypes, the teacher."""
 
+from pixelss._prototypes import score_prototypes
 from pixelss.targets.boundary import boundary_mask
 from pixelss.targets.confident import confident_mask
 from pixelss.targets.proportional import proportional_mask
@@ -19,5 +20,6 @@ __all__ = [
     "confident_mask",
     "proportional_mask",
     "reliable_mask",
+    "score_prototypes",
     "subcategory_tags",
 ]
