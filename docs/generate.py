@@ -96,6 +96,12 @@ BIBLIOGRAPHY = {
         "2023",
         arxiv("2305.05803"),
     ),
+    "Du 2022": Paper(
+        "Ye Du, Zehua Fu, Qingjie Liu, Yunhong Wang",
+        "Weakly Supervised Semantic Segmentation by Pixel-to-Prototype Contrast",
+        "CVPR 2022",
+        arxiv("2110.07110"),
+    ),
     "Everingham 2015": Paper(
         "Mark Everingham, S. M. Ali Eslami, Luc Van Gool, Christopher K. I. Williams, John Winn, Andrew Zisserman",
         "The PASCAL Visual Object Classes Challenge: A Retrospective",

@@ -148,6 +148,18 @@ def contrastive_picture() -> viz.Pixels:
     return viz.grid(rows, titles=titles, legend=LEGEND, heat=f"loss / {loss.max():.2f}")
 
 
+def pixel_prototype_picture() -> viz.Pixels:
+    views = [pixelss.normalize_cam(out.cam) * tags[:, :, None, None] for out in outputs[:2]]
+    labels = [pixelss.class_region_mask(view, tags) for view in views]
+    cells = torch.zeros_like(mask)  # the highest scores of each class in both images: an eighth of one
+    for k in tags.any(0).nonzero().flatten().tolist():
+        highest = views[1][:, k].flatten().topk(mask[0].numel() // 8).indices
+        cells.view(-1)[highest] = k + 1
+    rows = [[image[b], *(viz.overlay_mask(image[b], m[b]) for m in [*labels, cells])] for b in range(2)]
+    titles = ["image", "labels, scale 0.5", "labels, scale 1", "cells of prototypes"]
+    return viz.grid(rows, titles=titles, legend=LEGEND)
+
+
 def attentive_picture() -> viz.Pixels:
     b, k = tags.nonzero()[1].tolist()
     cams = torch.stack([pixelss.normalize_cam(o.cam)[b, k, None] for o in outputs])  # (S, P, H, W), here P = 1
