@@ -15,6 +15,7 @@ from pixelss.losses.direct import direct_loss
 from pixelss.losses.displacement import displacement_loss
 from pixelss.losses.energy import dense_energy_loss, energy_lattices
 from pixelss.losses.equivariance import cross_equivariance_loss, equivariance_loss, min_pooling_loss
+from pixelss.losses.intra_class import intra_class_loss
 from pixelss.losses.pixel_prototype import pixel_prototype_loss
 from pixelss.losses.reactivation import reactivation_loss
 from pixelss.losses.segment_contrast import segment_contrast
@@ -35,6 +36,7 @@ __all__ = [
     "displacement_loss",
     "energy_lattices",
     "equivariance_loss",
+    "intra_class_loss",
     "min_pooling_loss",
     "multi_scale_attentive_loss",
     "multi_scale_cross_entropy",

@@ -3,6 +3,7 @@
 from pixelss._prototypes import score_prototypes
 from pixelss.targets.boundary import boundary_mask
 from pixelss.targets.confident import confident_mask
+from pixelss.targets.direction import IntraClassDirection
 from pixelss.targets.proportional import proportional_mask
 from pixelss.targets.prototype import PrototypeBank, class_prototypes
 from pixelss.targets.region import ClassRegionMask, class_region_mask
@@ -13,6 +14,7 @@ from pixelss.targets.teacher import EMATeacher
 __all__ = [
     "ClassRegionMask",
     "EMATeacher",
+    "IntraClassDirection",
     "PrototypeBank",
     "boundary_mask",
     "class_prototypes",
