@@ -108,11 +108,24 @@ BIBLIOGRAPHY = {
         "International Journal of Computer Vision 111, 2015",
         "https://doi.org/10.1007/s11263-014-0733-5",
     ),
+    "Jo 2021": Paper(
+        "Sanghyun Jo, In-Jae Yu",
+        "Puzzle-CAM: Improved Localization via Matching Partial and Full Features",
+        "ICIP 2021",
+        arxiv("2101.11253"),
+    ),
     "Kraehenbuehl 2011": Paper(
         "Philipp Krähenbühl, Vladlen Koltun",
         "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials",
         "NIPS 2011",
         arxiv("1210.5644"),
+    ),
+    "Kweon 2021": Paper(
+        "Hyeokjun Kweon, Sung-Hoon Yoon, Hyeonseong Kim, Daehee Park, Kuk-Jin Yoon",
+        "Unlocking the Potential of Ordinary Classifier: Class-specific Adversarial Erasing Framework for Weakly "
+        "Supervised Semantic Segmentation",
+        "ICCV 2021",
+        "https://doi.org/10.1109/ICCV48922.2021.00691",
     ),
     "Kweon 2024": Paper(
         "Hyeokjun Kweon, Kuk-Jin Yoon",
@@ -216,6 +229,12 @@ BIBLIOGRAPHY = {
         "Reliability Does Matter: An End-to-End Weakly Supervised Semantic Segmentation Approach",
         "AAAI 2020",
         arxiv("1911.08039"),
+    ),
+    "Zhang 2021": Paper(
+        "Fei Zhang, Chaochen Gu, Chenyue Zhang, Yuchao Dai",
+        "Complementary Patch for Weakly Supervised Semantic Segmentation",
+        "ICCV 2021",
+        arxiv("2108.03852"),
     ),
     "Zhou 2016": Paper(
         "Bolei Zhou, Aditya Khosla, Agata Lapedriza, Aude Oliva, Antonio Torralba",

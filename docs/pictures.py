@@ -88,6 +88,11 @@ def prepare() -> None:
     bank.update(wide[1].features, pixelss.class_region_mask(wide_cam, many_tags, threshold=THRESHOLD))
 
 
+def as_levels(x: torch.Tensor) -> viz.Pixels:
+    """Return one normalised image (3, H, W) as RGB levels (H, W, 3)."""
+    return ((x * 0.25 + 0.45).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
 def head_picture() -> viz.Pixels:
     with torch.no_grad():
         cams = pixelss.normalize_cam(student(images).cam)
@@ -193,6 +198,37 @@ def direct_picture() -> viz.Pixels:
     return viz.grid(rows, titles=titles, names=names, legend=LEGEND, heat="CAM, or loss / 2")
 
 
+def complementary_picture() -> viz.Pixels:
+    *parts, share = pixelss.complementary_pair(images, patch=24, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        full, kept, hidden = (pixelss.normalize_cam(student(part).cam) for part in (images, *parts))
+    r = share[:, None, None, None]
+    together = r * kept + (1 - r) * hidden
+    rows, names = [], []
+    for b, k in tags.nonzero().tolist():
+        maps = (full, together, (full - together).abs())
+        heat = [viz.overlay_cam(image[b], one[b, k]) for one in maps]
+        rows.append([image[b], *(as_levels(part[b]) for part in parts), *heat])
+        names.append(CLASSES[k])
+    titles = ["image", "kept", "hidden", "CAM of the image", "of its parts", "distance"]
+    return viz.grid(rows, titles=titles, names=names, heat="CAM or distance")
+
+
+def puzzle_picture() -> viz.Pixels:
+    with torch.no_grad():
+        full = student(images).cam
+        merged = pixelss.merge_tiles(student(pixelss.split_tiles(images)).cam)
+    rows, names = [], []
+    for b, k in tags.nonzero().tolist():
+        maps = [one[b, k].relu() for one in (full, merged)]
+        peak = torch.stack(maps).max()
+        heat = [viz.overlay_cam(image[b], one / peak) for one in (*maps, (maps[0] - maps[1]).abs())]
+        rows.append([image[b], *heat])
+        names.append(CLASSES[k])
+    titles = ["image", "CAM", "merged of four tiles", "distance"]
+    return viz.grid(rows, titles=titles, names=names, heat="raw CAM, / the row's maximum")
+
+
 def teacher_picture() -> viz.Pixels:
     noisy = copy.deepcopy(student)
     teacher = pixelss.EMATeacher(noisy, momentum=0.9)
@@ -207,6 +243,32 @@ def teacher_picture() -> viz.Pixels:
     b, k = tags.nonzero()[0].tolist()
     rows = [[viz.overlay_cam(image[b], column[i][b, k]) for column in columns] for i in range(2)]
     return viz.grid(rows, titles=["step 28", "step 29", "step 30"], names=["student", "teacher"], heat="CAM")
+
+
+def erasing_picture() -> viz.Pixels:
+    rows, names = [], []
+    for b, k in tags.nonzero().tolist():
+        other = next(n for n in tags[b].nonzero().flatten().tolist() if n != k)
+        chosen = torch.eye(len(CLASSES))[None, k]
+        with torch.no_grad():
+            erase = pixelss.erasing_mask(outputs[1].cam[b, None], chosen)
+            after = pixelss.normalize_cam(student(images[b, None] * (1 - erase)).cam)[0, other]
+        heat = viz.overlay_cam(image[b], erase[0, 0])
+        left = as_levels(images[b] * (1 - erase[0]))
+        rows.append([image[b], heat, left, viz.overlay_cam(left, after)])
+        names.append(CLASSES[k])
+    titles = ["image", "erasing mask", "erased", "CAM of the other class"]
+    return viz.grid(rows, titles=titles, names=names, heat="mask or CAM")
+
+
+def hiding_picture() -> viz.Pixels:
+    rows = []
+    for patch in (16, 32):
+        generator = torch.Generator().manual_seed(1)
+        parts = pixelss.complementary_pair(images, patch=patch, generator=generator)[:2]
+        rows.append([cell for b in range(2) for cell in (image[b], *(as_levels(part[b]) for part in parts))])
+    titles = ["image", "kept", "hidden"] * 2
+    return viz.grid(rows, titles=titles, names=["patch=16", "patch=32"])
 
 
 def crf_picture() -> viz.Pixels:
