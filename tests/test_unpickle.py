@@ -55,8 +55,8 @@ def test_a_plain_array_of_np_save(tmp_path):
 
 
 class Call:
-    def __init__(self, function, *args):
-        self.call = function, args
+    def __init__(self, function, *args, state=None):
+        self.call = function, args, state
 
     def __reduce__(self):
         return self.call
@@ -101,3 +101,38 @@ def test_a_file_changes_nothing_of_ours(tmp_path):
     (tmp_path / "x").write_bytes(b"\x80\x02" + code)
     assert load_arrays(tmp_path / "x").__defaults__ == (1,)  # of a function made for this file
     assert torch._utils._rebuild_tensor_v2.__defaults__ == before
+
+
+def forged(code: str, elements: object = None, order: str = "<", names: object = None) -> Call:
+    """Return a dtype with a state that is not its own: numpy takes what it says of objects and sizes for true."""
+    return Call(np.dtype, code, False, True, state=(3, order, None, names, elements, -1, -1, 0))
+
+
+def array(dtype: object, content: object, shape: tuple[int, ...] = (2,)) -> Call:
+    return Call(np._core.multiarray._reconstruct, np.ndarray, (0,), b"b", state=(1, shape, dtype, False, content))
+
+
+RAW = b"\x10" * 16  # two pointers to nowhere, if they were any
+OBJECTS = Call(np.dtype, "O8", False, True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        array(forged("O8"), RAW),
+        Call(np._core.numeric._frombuffer, RAW, forged("O8"), (2,), "C"),
+        Call(np._core.multiarray.scalar, forged("O8"), RAW[:8]),
+        array(OBJECTS, [1.0], shape=(5000,)),
+        array(OBJECTS, [1.0], shape=(-1, -1)),
+        array(forged("V8", {"a": (OBJECTS, 0)}, "|", ("a",)), RAW[:8], shape=(1,)),
+        array(forged("V8", {"a": (Call(np.dtype, "f8"), 1 << 40)}, "|", ("a",)), RAW[:8], shape=(1,)),
+        array(Call(np.dtype, "i4,O"), RAW),
+        array(Call(np.dtype, "f8"), [1.0, 2.0]),
+        array(Call(np.dtype, "f8"), RAW[:8]),
+    ],
+    ids=["array", "buffer", "scalar", "short list", "negative", "field", "offset", "record", "list", "short"],
+)
+def test_forged_arrays_are_refused_before_they_are_read(content, tmp_path):
+    (tmp_path / "x").write_bytes(pickle.dumps({1: content}, 4))
+    with pytest.raises(ValueError, match="is damaged"):
+        print(load_arrays(tmp_path / "x"))
