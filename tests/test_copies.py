@@ -124,3 +124,20 @@ def test_handles_of_the_network_do_not_remove_the_copys_hooks():
     copied = plain_copy(network)
     handle.remove()
     torch.testing.assert_close(copied(A), network(A) + 1)
+
+
+@pytest.mark.parametrize(
+    "held", [[], torch.ones(3), nn.Parameter(torch.ones(1)), {}], ids=["list", "tensor", "parameter", "dict"]
+)
+def test_what_a_closure_holds_is_told_by_identity(held):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    network.held, calls = held, []
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        calls.append(held)
+
+    network[0].register_forward_hook(hook)
+    copied = plain_copy(network)
+    copied(A)
+    assert calls[0] is copied.held
+    assert calls[0] is not held

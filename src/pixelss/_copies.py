@@ -86,7 +86,7 @@ def _rebound(value: Any, memo: dict[int, Any]) -> Any:
         return value
     memo[id(value)] = value  # a function may hold itself
     cells = tuple(_rebound_cell(cell, memo) for cell in value.__closure__)
-    if cells != value.__closure__:
+    if any(new is not old for new, old in zip(cells, value.__closure__, strict=True)):
         twin = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
         twin.__kwdefaults__ = value.__kwdefaults__
         memo[id(value)] = twin
