@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 TAGS_HINT = "Tags are multi-hot over the foreground classes, without a background column."
@@ -205,3 +206,13 @@ def check_count(name: str, value: int) -> None:
     check_integer(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, but is {value}.")
+
+
+def as_tensor(name: str, value: ArrayLike | Tensor) -> Tensor:
+    """Return what numpy makes of `value`, as a tensor of its own on the CPU; raises TypeError unless it is numbers."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    array = np.array(value)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must hold numbers, but is an array of dtype {array.dtype}.")
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))  # PNGs of 16 bits may differ

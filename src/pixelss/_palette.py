@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from pixelss._checks import as_tensor, check_tensor
 
 
 def voc_palette() -> NDArray[np.uint8]:
@@ -25,3 +27,17 @@ def voc_palette() -> NDArray[np.uint8]:
     for bit in range(8):
         colours |= ((np.arange(256)[:, None] >> (3 * bit) >> np.arange(3) & 1) << (7 - bit)).astype(np.uint8)
     return colours
+
+
+def as_palette(palette: ArrayLike | None) -> NDArray[np.uint8]:
+    """Return a palette (K, 3), checked; None stands for VOC's."""
+    if palette is None:
+        return voc_palette()
+    colours = as_tensor("palette", palette)
+    K, _ = check_tensor("palette", colours, "KC", kind="integer", hint="A row of RGB a class.", C=3)
+    if K > 256:
+        raise ValueError(f"palette must hold up to 256 colours, but holds {K}.")
+    levels = colours.long().numpy()
+    if levels.min() < 0 or levels.max() > 255:
+        raise ValueError(f"palette must hold levels 0 to 255, but ranges from {levels.min()} to {levels.max()}.")
+    return levels.astype(np.uint8)

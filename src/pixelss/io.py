@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pixelss._checks import check_count, check_tensor
-from pixelss._palette import voc_palette
+from pixelss._checks import as_tensor, check_count, check_tensor
+from pixelss._palette import as_palette
 from pixelss._unpickle import load_arrays
 
 __all__ = ["COCO_CLASSES", "VOC_CLASSES", "read_cam", "read_mask", "write_mask"]
@@ -51,14 +50,16 @@ def read_cam(
     Args:
         path: of the file.
         num_classes: N, the foreground classes.
-        maps: name of the maps beside "keys", as "cam" (IRN's at a quarter of the size); None takes those at full size.
+        maps: in a file with "keys" the name of the maps, as "cam" (IRN's at a quarter of the size); None takes those at
+            full size.
         background: the file of {class: (H, W)} counts the background as class 0, as PSA's of CRF scores do: K maps.
 
     Shape:
         -> (N, H, W) float32; (N + 1, H, W) with `background`.
 
     Raises:
-        TypeError, ValueError: a file of another kind, or with content that is refused; a class out of range; no map.
+        TypeError, ValueError: a file of another kind, or one that `maps` or `background` do not go with; content that is
+            refused; a class out of range; no map.
 
     Reference:
         Ahn 2018, "Learning Pixel-level Semantic Affinity";
@@ -77,6 +78,8 @@ def read_cam(
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a dict of CAMs, but holds {_kind(content)}.")
     if "keys" in content:
+        if background:
+            raise ValueError(f"{path} has keys, which name the classes as they are. Pass background=False.")
         name = maps or next((name for name in _FULL_SIZE if name in content), None)
         if name is None or name not in content:
             raise ValueError(f"{path} has no maps {maps or 'at full size'}. Pass maps=, one of {_names(content)}.")
@@ -88,6 +91,8 @@ def read_cam(
             raise ValueError(f"{path} must hold a map a key, but holds {len(keys)} keys and {len(values)} maps.")
         pairs = list(zip(keys, values, strict=True))
     else:
+        if maps is not None:
+            raise ValueError(f"{path} has no keys, and one map a class. Pass maps=None, not {maps!r}.")
         pairs = [(key, _array(path, value)) for key, value in content.items()]
     if not pairs:
         raise ValueError(f"{path} holds no map, as of an image without tags: its size is unknown.")
@@ -144,7 +149,7 @@ def read_mask(path: str | os.PathLike[str], *, palette: ArrayLike | None = None)
             f"{path} must hold class indices (a palette or grey PNG), but holds colours ({mode}). "
             "Are they VOC's? Pass palette=pixelss.viz.voc_palette()."
         )
-    return _classes_of(path, colours, _palette(palette))
+    return _classes_of(path, colours, as_palette(palette))
 
 
 def write_mask(path: str | os.PathLike[str], mask: ArrayLike | Tensor, *, palette: ArrayLike | None = None) -> None:
@@ -172,7 +177,7 @@ def write_mask(path: str | os.PathLike[str], mask: ArrayLike | Tensor, *, palett
         Everingham 2015, "The PASCAL Visual Object Classes Challenge".
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> write_mask(f"{tempfile.mkdtemp()}/mask.png", torch.tensor([[0, 20, 255]]))
     """
     path = Path(path)
@@ -184,7 +189,7 @@ def write_mask(path: str | os.PathLike[str], mask: ArrayLike | Tensor, *, palett
         fix = void or " 8 bits hold no more: keep it by np.save."
         raise ValueError(f"mask must hold 0 to 255, but holds {low if low < 0 else high}.{fix}")
     image = _pillow().fromarray(values.astype(np.uint8))
-    image.putpalette((voc_palette() if palette is None else _palette(palette)).tobytes())
+    image.putpalette(as_palette(palette).tobytes())
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     _write_atomic(path, buffer.getvalue())
@@ -204,22 +209,10 @@ def _write_atomic(path: Path, content: bytes) -> None:
 
 
 def _label_map(mask: ArrayLike | Tensor) -> NDArray[np.int64]:
-    hint = "One label map: of a batch take one."
-    array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.array(mask)
-    values = torch.from_numpy(array.astype(np.int64 if array.dtype.kind in "iu" else np.float64))
-    check_tensor("mask", values, "HW", kind="integer", hint=hint)
-    labels: NDArray[np.int64] = values.numpy()
+    values = as_tensor("mask", mask)
+    check_tensor("mask", values, "HW", kind="integer", hint="One label map: of a batch take one.")
+    labels: NDArray[np.int64] = values.long().numpy()
     return labels
-
-
-def _palette(palette: ArrayLike) -> NDArray[np.uint8]:
-    colours = np.array(palette)
-    if colours.ndim != 2 or colours.shape[1] != 3 or not 1 <= len(colours) <= 256 or colours.dtype.kind not in "iu":
-        was = f"is of shape {colours.shape} and dtype {colours.dtype}"
-        raise ValueError(f"palette must hold integers of shape (K, 3), K up to 256, but {was}.")
-    if colours.min() < 0 or colours.max() > 255:
-        raise ValueError(f"palette must hold levels 0 to 255, but ranges from {colours.min()} to {colours.max()}.")
-    return colours.astype(np.uint8)
 
 
 def _classes_of(

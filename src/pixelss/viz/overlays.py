@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.nn.functional import normalize
 
-from pixelss._checks import check_number, check_tensor
+from pixelss._checks import as_tensor, check_number, check_tensor
 from pixelss._dtype import activation, promote
-from pixelss._palette import voc_palette
+from pixelss._palette import as_palette
 from pixelss._resize import resize
-from pixelss.viz.pixels import Pixels, as_image, as_levels, as_tensor, heat_map
+from pixelss.viz.pixels import Pixels, as_image, as_levels, heat_map
 
 
 def overlay_cam(image: ArrayLike, cam: ArrayLike, *, alpha: float = 0.65) -> Pixels:
@@ -71,14 +71,13 @@ def overlay_mask(image: ArrayLike, mask: ArrayLike, *, alpha: float = 0.6, palet
     H, W = pixels.shape[:2]
     check_tensor("mask", labels, "HW", kind="integer", hint="The image's size, one label map.", H=H, W=W)
     check_number("alpha", alpha, low=0, high=1)
-    colours = as_tensor("palette", voc_palette() if palette is None else palette)
-    K, _ = check_tensor("palette", colours, "KC", kind="integer", hint="A row of RGB a class.", C=3)
-    index = labels.long().numpy()
+    colours, index = as_palette(palette), labels.long().numpy()
+    K = len(colours)
     if index.min() < 0 or index.max() >= K:
         was = f"from {index.min()} to {index.max()}"
         raise ValueError(f"mask must hold classes in 0..{K - 1}, one a row of palette, but ranges {was}.")
     blend = np.where(index > 0, alpha, 0)[..., None]
-    return as_levels((1 - blend) * pixels + blend * colours.numpy()[index])
+    return as_levels((1 - blend) * pixels + blend * colours[index])
 
 
 def prototype_similarity(features: ArrayLike, prototypes: ArrayLike) -> NDArray[np.float32]:

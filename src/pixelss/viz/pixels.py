@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
-from pixelss._checks import check_tensor
+from pixelss._checks import as_tensor, check_tensor
 
 Pixels = NDArray[np.uint8]
 
@@ -45,16 +44,6 @@ def heat_map(values: ArrayLike) -> Pixels:
     x = np.nan_to_num(as_tensor("values", values).double().numpy(), nan=0, posinf=1, neginf=0).clip(0, 1)
     anchors = np.linspace(0, 1, len(_INFERNO))
     return np.stack([np.interp(x, anchors, channel) for channel in _INFERNO.T], -1).round().astype(np.uint8)
-
-
-def as_tensor(name: str, value: ArrayLike | Tensor) -> Tensor:
-    """Return what numpy makes of `value`, as a tensor of its own on the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    array = np.array(value)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"{name} must hold numbers, but is an array of dtype {array.dtype}.")
-    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))  # PNGs of 16 bits may differ
 
 
 def as_image(image: ArrayLike) -> Pixels:

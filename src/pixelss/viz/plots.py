@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from pixelss._checks import check_number, check_tensor
-from pixelss.viz.pixels import Pixels, as_image, as_tensor, heat_map
+from pixelss._checks import as_tensor, check_number, check_tensor
+from pixelss.viz.pixels import Pixels, as_image, heat_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
