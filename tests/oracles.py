@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -118,3 +118,17 @@ def assert_refuses(function, arguments, name, value, error):
     function(**arguments)
     with pytest.raises(error, match=rf"\b{name}\b"):
         function(**arguments | {name: value})
+
+
+# networks
+
+
+def data_parallel_replica(module: nn.Module) -> nn.Module:
+    """Return what `DataParallel` runs on one GPU of several: its weights are plain attributes, not parameters."""
+    twin = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        setattr(twin, name, data_parallel_replica(child))
+    twin._parameters = {name: None for name, parameter in module._parameters.items() if parameter is None}
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(twin, name, parameter * 1)
+    return twin

@@ -160,5 +160,3 @@ def test_lattice_refuses_features(features, error):
 def test_lattice_refuses_values(values, error):
     with pytest.raises(error, match=r"\bvalues\b"):
         PermutohedralLattice(torch.rand(4, 2)).filter(values)
-    with pytest.raises(error, match=r"\bvalues\b"):
-        PermutohedralLattice(torch.rand(4, 2)).filter_transposed(values)

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -469,7 +470,7 @@ def test_further_scores():
     assert total[:3].tolist() == pytest.approx([1, 1, 1])
 
 
-def test_table():
+def test_table(monkeypatch):
     metric = ConfusionMatrix(3)
     metric.update(torch.tensor([[[0, 0, 1, 1]]]), torch.tensor([[[0, 1, 1, 1]]]))
     lines = metric.table(["background", "cat", "potted plant"]).splitlines()
@@ -477,6 +478,9 @@ def test_table():
     assert [line.split()[0] for line in lines[1:]] == ["background", "cat", "potted", "mean"]
     assert lines[2].split() == ["cat", "66.7", "100.0", "66.7", "0.0", "33.3"]
     assert lines[3].split()[2:] == ["-"] * 5
+    monkeypatch.setattr("pixelss.metrics.sum_over_processes", calls := Mock(side_effect=lambda x: x))
+    assert metric.table(["background", "cat", "potted plant"]).splitlines() == lines
+    assert calls.call_count == 1
     with pytest.raises(ValueError, match="class_names must be 3, the background's first, but are 2"):
         metric.table(["cat", "dog"])
 

@@ -522,6 +522,8 @@ def growing(x: Tensor) -> Tensor:
         ("scales", (-0.5,), ValueError),
         ("scales", (math.nan,), ValueError),
         ("scales", ("1",), TypeError),
+        ("flip", "no", ValueError),
+        ("flip", None, ValueError),
         ("tile", 0, ValueError),
         ("tile", -1, ValueError),
         ("tile", 64.0, TypeError),

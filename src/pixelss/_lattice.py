@@ -77,12 +77,6 @@ class PermutohedralLattice:
         filtered: Tensor = _Filter.apply(promote(values), self, False)
         return filtered
 
-    def filter_transposed(self, values: Tensor) -> Tensor:
-        """Return what the transpose of `filter`, with its blurs in reverse order, makes of the values."""
-        check_tensor("values", values, "PC", like=self.slice_weights, P=len(self.slice_cells))
-        filtered: Tensor = _Filter.apply(promote(values), self, True)
-        return filtered
-
 
 class _Filter(torch.autograd.Function):
     """The filter is slice @ blur @ splat; its transpose is the same with the axes' order reversed."""

@@ -58,7 +58,7 @@ def read_cam(
         -> (N, H, W) float32; (N + 1, H, W) with `background`.
 
     Raises:
-        TypeError, ValueError: a file of another kind, or one that `maps` or `background` do not go with; content that is
+        TypeError, ValueError: a file of another kind, or of one that `maps` or `background` do not fit; content that is
             refused; a class out of range; no map.
 
     Reference:

@@ -130,30 +130,33 @@ class ConfusionMatrix(nn.Module):
         return sum_over_processes(self.counts).double()
 
     def pixel_accuracy(self) -> Tensor:
-        """Return the share of pixels that are right, a scalar."""
+        """Return the share of pixels that are right, a scalar; every process must call it."""
         counts = self._total()
         return counts.diagonal().sum() / counts.sum()
 
     def mean_accuracy(self) -> Tensor:
-        """Return the mean recall over the classes that are true somewhere, a scalar."""
+        """Return the mean recall over the classes that are true, a scalar; every process must call it."""
         return self.compute().recall.nanmean()
 
     def false_positives(self) -> Tensor:
-        """Return FP / (TP + FP + FN) of every class, (K,): with IoU and false negatives it adds up to 1."""
-        counts = self._total()
-        return (counts.sum(0) - counts.diagonal()) / union(counts)
+        """Return FP / (TP + FP + FN) of every class, (K,): with IoU and false negatives it adds up to 1.
+
+        Every process must call it.
+        """
+        return _errors(self._total(), 0)
 
     def false_negatives(self) -> Tensor:
-        """Return FN / (TP + FP + FN) of every class, (K,)."""
-        counts = self._total()
-        return (counts.sum(1) - counts.diagonal()) / union(counts)
+        """Return FN / (TP + FP + FN) of every class, (K,); every process must call it."""
+        return _errors(self._total(), 1)
 
     def foreground_miou(self) -> Tensor:
-        """Return the mean IoU over classes 1 to K - 1, where it is not NaN, a scalar."""
+        """Return the mean IoU, where it is not NaN, over classes 1 to K - 1; every process must call it."""
         return self.compute().iou[1:].nanmean()
 
     def table(self, class_names: Sequence[str]) -> str:
         """Return the scores in per cent as text: a line a class, and the means.
+
+        Every process must call it.
 
         Args:
             class_names: K names, the background's first.
@@ -165,8 +168,8 @@ class ConfusionMatrix(nn.Module):
         if len(class_names) != self.num_classes:
             count = len(class_names)
             raise ValueError(f"class_names must be {self.num_classes}, the background's first, but are {count}.")
-        scores, extra = self.compute(), (self.false_positives(), self.false_negatives())
-        columns = torch.stack([scores.iou, scores.precision, scores.recall, *extra], 1)  # (K, 5)
+        counts = self._total()
+        columns = torch.stack([*rates(counts), _errors(counts, 0), _errors(counts, 1)], 1)  # (K, 5)
         width = max(10, *map(len, class_names))
 
         def line(name: str, values: Tensor) -> str:
@@ -184,6 +187,11 @@ class ConfusionMatrix(nn.Module):
     def extra_repr(self) -> str:
         """Describe the settings in the module's repr."""
         return f"num_classes={self.num_classes}, ignore_index={self.ignore_index}"
+
+
+def _errors(counts: Tensor, axis: int) -> Tensor:
+    """Return false positives (axis 0) or false negatives (axis 1) of every class, as shares of the union."""
+    return (counts.sum(axis) - counts.diagonal()) / union(counts)
 
 
 class ThresholdSweep(nn.Module):

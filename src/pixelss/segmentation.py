@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pixelss._checks import check_count, check_scales, check_tensor
+from pixelss._checks import check_choice, check_count, check_scales, check_tensor
 from pixelss._dtype import promote
 from pixelss._resize import resize, scaled_side
 
@@ -46,8 +46,8 @@ def multi_scale_inference(
         (B, C, H, W) -> (B, K, H, W), float32 for half precision.
 
     Raises:
-        TypeError, ValueError: images of another rank, no scale or one that is not positive, `tile` no positive
-            int, a `model` that does not return one tensor of logits (wrap it to pick them).
+        TypeError, ValueError: images of another rank, no scale or one that is not positive, `flip` that is no bool,
+            `tile` no positive int, a `model` that does not return one tensor of logits (wrap it to pick them).
 
     Reference:
         Chen 2017, "Rethinking Atrous Convolution", section 4.
@@ -59,6 +59,7 @@ def multi_scale_inference(
     """
     B, _, H, W = check_tensor("images", images, "BCHW", hint="A single image? Pass images[None].")
     check_scales(scales)
+    check_choice("flip", flip, (True, False))
     check_count("tile", tile)
     layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     hint = "Several outputs? Wrap the model to return the logits."

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pixelss.backbones.any_timm import timm_backbone
 from pixelss.backbones.norms import freeze_norm
+from tests.oracles import data_parallel_replica
 
 SIGNATURES = {
     "timm_backbone": "(name, *, output_stride=8, pretrained=False, **kwargs)",
@@ -188,3 +189,11 @@ def test_a_stride_nobody_gives_tells_why_a_setting_was_refused():
     with pytest.raises(ValueError, match="gives stride 16") as caught:
         timm_backbone("vit_tiny_patch16_224", output_stride=8)
     assert isinstance(caught.value.__cause__, TypeError)
+
+
+@torch.no_grad()
+def test_a_replica_of_data_parallel_runs():
+    net, images = timm_backbone("resnet18").eval(), torch.randn(1, 3, 33, 40)
+    replica = data_parallel_replica(net)
+    assert not list(replica.parameters())
+    assert torch.equal(replica(images), net(images))

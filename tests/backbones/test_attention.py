@@ -100,7 +100,7 @@ def test_every_forward_pass_fills_the_list_anew():
 def test_the_model_is_as_it_was_after_an_error():
     model, _ = make("vit_tiny_patch16_224")
     before = [attention.fused_attn for attention in attentions(model)]
-    with pytest.raises(ZeroDivisionError), vit_attention(model, blocks=(0, 0)):
+    with pytest.raises(ZeroDivisionError), vit_attention(model, blocks=(0, 1)):
         raise ZeroDivisionError
     assert [attention.fused_attn for attention in attentions(model)] == before
     assert not any(attention.attn_drop._forward_pre_hooks for attention in attentions(model))
@@ -147,6 +147,10 @@ def test_other_networks_are_refused(name, settings, what):
         ("blocks", (3,), ValueError),
         ("blocks", (-4,), ValueError),
         ("blocks", (0.5,), TypeError),
+        ("blocks", 3, TypeError),
+        ("blocks", (), ValueError),
+        ("blocks", (1, 1), ValueError),
+        ("blocks", (2, -1), ValueError),
     ],
 )
 def test_refuses(name, value, error):

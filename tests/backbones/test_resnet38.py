@@ -139,7 +139,7 @@ def test_size_is_the_ceiling(H: int, W: int, B: int) -> None:
     ],
 )
 def test_bad_images(images: Tensor, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"images must.*{message}"):
+    with pytest.raises(error, match=f"x must.*{message}"):
         META(images)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pixelss import CAMOutput, EMATeacher, classifier_cam, multi_scale_forward
+from tests.oracles import data_parallel_replica
 
 SIGNATURES = {"classifier_cam": "(model, *, features=None, classifier=None)"}
 BLOCKS = {"classifier_cam": "a network of the user's, which keeps what it promises"}
@@ -471,3 +472,11 @@ def test_importing_does_not_import_timm() -> None:
     code = "import sys, pixelss.cam.classifier; print('timm' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+@torch.no_grad()
+def test_a_replica_of_data_parallel_runs() -> None:
+    net, images = classifier_cam(create("resnet18")).eval(), torch.randn(1, 3, 64, 64)
+    replica = data_parallel_replica(net)
+    assert not list(replica.parameters())
+    assert torch.equal(replica(images).cam, net(images).cam)

@@ -14,7 +14,7 @@ from tests.oracles import assert_refuses, field
 from tests.strategies import batches, make_batch, noise
 
 SIGNATURES = {
-    "boundary_loss": "(boundary, zones)",
+    "boundary_loss": "(boundary, zones, *, ignore_index=255)",
 }
 
 BLOCKS = {
@@ -93,13 +93,11 @@ def test_certain_boundaries_have_a_finite_loss_and_gradient(value):
     assert p.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("images", [0, 2])
-def test_a_void_or_empty_batch_gives_zero_on_the_graph(images):
-    p = torch.rand(images, 1, 3, 4, requires_grad=True)
-    loss = boundary_loss(p, torch.full((images, 3, 4), 255))
-    assert loss == 0
-    loss.backward()
-    assert not p.grad.any()
+@pytest.mark.parametrize("void", [0, 1, 2, 3, -1])
+def test_any_value_can_be_void(void):
+    batch = make_batch()
+    p, zones = batch.probs[:, :1], batch.mask
+    assert torch.equal(boundary_loss(p, zones, ignore_index=void), boundary_loss(p, zones.where(zones != void, 255)))
 
 
 def test_gradcheck_of_the_sides():
@@ -124,6 +122,7 @@ BOUNDARY, ZONES = torch.rand(2, 1, 3, 4), torch.zeros(2, 3, 4, dtype=torch.int64
         ("zones", ZONES[..., :3], ValueError),
         ("zones", ZONES.float(), TypeError),
         ("zones", ZONES.to("meta"), ValueError),
+        ("ignore_index", "255", TypeError),
     ],
 )
 def test_loss_refuses(name, value, error):

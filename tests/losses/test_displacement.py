@@ -101,15 +101,6 @@ def test_pairs_across_classes_and_unknown_ones_have_no_influence():
     assert torch.equal(displacement_loss(d, labels), displacement_loss(d, known))
 
 
-@pytest.mark.parametrize("images", [0, 2])
-def test_a_void_or_empty_batch_gives_zero_on_the_graph(images):
-    d = torch.rand(images, 2, 4, 5, requires_grad=True)
-    loss = displacement_loss(d, torch.full((images, 34, 4, 5), 255))
-    assert loss == 0
-    loss.backward()
-    assert not d.grad.any()
-
-
 def test_gradcheck():
     _, labels = make_pairs(size=(3, 2), images=1, radius=3)
     d = noise(1, 2, 3, 2).requires_grad_()

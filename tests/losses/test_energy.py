@@ -133,7 +133,8 @@ def small(seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_gradcheck():
     images, logits = small()
     lattices = energy_lattices(images, bilateral=NARROW, scale=1)
-    assert torch.autograd.gradcheck(lambda x: dense_energy_loss(images, x, scale=1, lattices=lattices), logits)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x: dense_energy_loss(images, x, scale=1, lattices=lattices), logits, fast_mode=True)
 
 
 def test_gradcheck_with_the_gate_held():
@@ -162,8 +163,9 @@ def test_the_transposed_filter_is_the_transpose(seed):
     batch = make_batch(seed, images=1)
     (lattice,) = energy_lattices(batch.images.double(), bilateral=NARROW, scale=1)
     one, two = noise(63, 2, seed=seed), noise(63, 2, seed=seed + 1)
-    forward, back = (one * lattice.filter(two)).sum(), (lattice.filter_transposed(one) * two).sum()
-    torch.testing.assert_close(forward, back)
+    forward = (one * lattice.filter(two.requires_grad_())).sum()
+    (transposed,) = torch.autograd.grad(forward, two)
+    torch.testing.assert_close((transposed * two).sum(), forward)
 
 
 # What holds for any images
@@ -247,6 +249,9 @@ BAD_SETTINGS = [
     ("images", IMAGES[:, :2], ValueError),
     ("images", None, TypeError),
     ("bilateral", (0, 15.0), ValueError),
+    ("bilateral", 100.0, ValueError),
+    ("bilateral", (100.0,), ValueError),
+    ("bilateral", None, ValueError),
     ("bilateral", (100.0, 0), ValueError),
     ("bilateral", ("100", 15.0), TypeError),
     ("scale", 0, ValueError),
@@ -274,9 +279,15 @@ def test_lattices_refuse(name, value, error):
         ("region", MASK[:, None], ValueError),
         ("region", MASK.to("meta"), ValueError),
         ("lattices", energy_lattices(IMAGES[:1]), ValueError),
+        ("lattices", energy_lattices(IMAGES, scale=1), ValueError),
+        ("lattices", (lattice for lattice in energy_lattices(IMAGES)), TypeError),
+        ("lattices", [None, None], TypeError),
+        ("published_gradient", "no", ValueError),
         ("ignore_index", 255.0, TypeError),
     ],
 )
 def test_energy_refuses(name, value, error):
     given_ = {"images": IMAGES, "logits": LOGITS, "mask": MASK, "region": MASK, "scale": 0.5, "ignore_index": 255}
     assert_refuses(dense_energy_loss, given_, name, value, error)
+    if name in ("bilateral", "scale"):  # where they build nothing too
+        assert_refuses(dense_energy_loss, given_ | {"lattices": energy_lattices(IMAGES)}, name, value, error)

@@ -144,19 +144,14 @@ def test_gradient_with_the_means_held():
     torch.testing.assert_close(ours, torch.autograd.grad(held(y), y)[0])
 
 
-@pytest.mark.parametrize("images", [0, 2])
 @pytest.mark.parametrize("background", [True, False])
-def test_an_unsegmented_or_empty_batch_gives_zero_on_the_graph(images, background):
-    features = torch.rand(images, 3, 4, 5, requires_grad=True)
-    loss = segment_contrast(features, torch.zeros(images, 8, 9).long(), background=background)
-    assert loss == 0
-    loss.backward()
-    assert not features.grad.any()
-
-
-def test_negative_segments_are_refused():
-    with pytest.raises(ValueError, match=r"segments must be 0 or above, but hold -1\. Map void to 0"):
-        segment_contrast(torch.rand(1, 3, 4, 5), torch.full((1, 4, 5), -1))
+def test_negative_segments_are_unsegmented(background):
+    batch = make_batch()
+    segments = segments_of(batch)
+    negative = segments.where(segments > 0, -batch.mask.abs())
+    assert (negative < 0).any()
+    actual, expected = (segment_contrast(batch.features, s, background=background) for s in (negative, segments))
+    assert torch.equal(actual, expected)
 
 
 # refusals

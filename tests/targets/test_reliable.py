@@ -146,6 +146,9 @@ CAM, PROBS, TAGS = torch.rand(2, 3, 4, 5), torch.rand(2, 4, 4, 5), torch.ones(2,
         ("share", -0.1, ValueError),
         ("background", float("nan"), ValueError),
         ("confidence", 80, ValueError),
+        ("ignore_index", "255", TypeError),
+        ("ignore_index", 0, ValueError),
+        ("ignore_index", 3, ValueError),
     ],
 )
 def test_mask_refuses(name, value, error):

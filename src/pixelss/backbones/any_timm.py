@@ -205,7 +205,7 @@ class TimmBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features (B, C, h, w) of images (B, 3, H, W)."""
-        weight = next(self.net.parameters())
+        weight = next(self.net.parameters(), images)  # a replica of DataParallel has none
         _, _, H, W = check_tensor("images", images, "BCHW", like=weight, C=self.in_channels)
         try:
             (features,) = self.net(images)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pixelss._checks import check_integer
+from pixelss._checks import check_integer, check_sequence
 
 # Other classes of these names attend within windows (SAM), or to fewer keys (PVT).
 _GLOBAL = {"Attention", "AttentionRope", "EvaAttention", "RelPosAttention"}
@@ -25,7 +25,7 @@ def vit_attention(model: nn.Module, *, blocks: Sequence[int] | None = None) -> I
 
     Args:
         model: a timm network of the ViT, DeiT, DINOv2 or EVA kind, wherever it stands in a larger module.
-        blocks: indices of the blocks to record, negative ones from the end; None: all.
+        blocks: indices of the blocks to record, each once, negative ones from the end; None: all.
 
     Shape:
         Yields a list that each forward pass fills anew, one (B, heads, T, T) a block, rows summing to 1:
@@ -55,11 +55,16 @@ def vit_attention(model: nn.Module, *, blocks: Sequence[int] | None = None) -> I
             f"model must attend from every token to every other in all blocks, but {type(model).__name__} has {was}. "
             f"A ViT, DeiT, DINOv2, BEiT or EVA will do."
         )
-    for i, block in enumerate(blocks or ()):
+    if blocks is None:
+        blocks = range(len(found))
+    check_sequence("blocks", blocks, "indices of blocks")
+    for i, block in enumerate(blocks):
         check_integer(f"blocks[{i}]", block)
         if not -len(found) <= block < len(found):
             raise ValueError(f"blocks[{i}] must be one of the model's {len(found)} blocks, but is {block}.")
-    chosen = found if blocks is None else [found[block] for block in blocks]
+    chosen = [found[i] for i in sorted({block % len(found) for block in blocks})]
+    if len(chosen) != len(blocks):
+        raise ValueError(f"blocks must name each block once, but are {tuple(blocks)}, of {len(found)}.")
     recorded: list[Tensor] = []
 
     def keep(attention: Any, position: int) -> Any:
@@ -71,12 +76,10 @@ def vit_attention(model: nn.Module, *, blocks: Sequence[int] | None = None) -> I
         return attention.attn_drop.register_forward_pre_hook(hook)
 
     with ExitStack() as stack:
-        for attention in chosen:
+        for position, attention in enumerate(chosen):
             stack.callback(setattr, attention, "fused_attn", attention.fused_attn)
             attention.fused_attn = False
-        order = sorted(range(len(chosen)), key=lambda i: found.index(chosen[i]))
-        for position, i in enumerate(order):
-            stack.enter_context(keep(chosen[i], position))
+            stack.enter_context(keep(attention, position))
         yield recorded
 
 

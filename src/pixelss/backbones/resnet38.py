@@ -137,7 +137,7 @@ class ResNet38(nn.Module):
             TypeError: `x` is not a floating tensor.
             ValueError: `x` is not (B, 3, H, W).
         """
-        check_tensor("images", x, "BCHW", C=3)
+        check_tensor("x", x, "BCHW", C=3)
         x, _ = _stage(self.conv1a(x), self.b2, self.b2_1, self.b2_2)
         x, conv2 = _stage(x, self.b3, self.b3_1, self.b3_2)
         x, conv3 = _stage(x, self.b4, self.b4_1, self.b4_2, self.b4_3, self.b4_4, self.b4_5)

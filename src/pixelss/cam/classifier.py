@@ -124,7 +124,7 @@ class ClassifierCAM(nn.Module):
 
     def forward(self, images: Tensor, **kwargs: Any) -> CAMOutput:
         """Return features, raw CAMs and logits of images (B, 3, H, W); `kwargs` go to the model."""
-        weight = next(self.model.parameters())
+        weight = next(self.model.parameters(), images)  # a replica of DataParallel has none
         _, _, H, W = check_tensor("images", images, "BCHW", like=weight, hint="A single image? Pass images[None].")
         try:
             found, logits = run(self.model, self._part, images, kwargs)

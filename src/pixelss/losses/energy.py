@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from math import prod
 
 import torch
 from torch import Tensor
 
-from pixelss._checks import check_number, check_tensor
+from pixelss._checks import check_choice, check_number, check_tensor
 from pixelss._dtype import promote
 from pixelss._labels import valid_pixels
 from pixelss._lattice import PermutohedralLattice
@@ -41,9 +41,7 @@ def energy_lattices(
         2
     """
     check_tensor("images", images, "BCHW", kind="any", C=3)
-    check_number("bilateral sxy", bilateral[0], low=_TINY, high=_MOST)
-    check_number("bilateral srgb", bilateral[1], low=_TINY, high=_MOST)
-    check_number("scale", scale, low=1e-3, high=1e3)
+    _check_settings(bilateral, scale)
     pixels = promote(_nearest(images, scale))  # (B, 3, h, w)
     h, w = pixels.shape[-2:]
     rows, columns = (torch.arange(side, dtype=pixels.dtype, device=pixels.device) for side in (h, w))
@@ -77,7 +75,8 @@ def dense_energy_loss(
         bilateral: (sxy in pixels, srgb in levels), the standard deviations.
         scale: factor of the image size; sxy shrinks with it.
         lattices: of `energy_lattices` with the same images, `bilateral` and `scale`.
-        published_gradient: True for the public code's, -2/B g F(q) region, as if g F were symmetric.
+        published_gradient: True for the public code's, -2/B g F(q) region, as if g F were symmetric; it has no second
+            derivative.
         ignore_index: the mask's void value; values out of 0..K-1 are void too.
 
     Shape:
@@ -85,7 +84,7 @@ def dense_energy_loss(
 
     Raises:
         TypeError, ValueError: arguments of another rank, size, dtype kind or device; a setting out of range; not one
-            lattice an image.
+            lattice an image, or lattices of another scale.
 
     Reference:
         Zhang 2020, "Reliability Does Matter", section 3.3.
@@ -99,11 +98,13 @@ def dense_energy_loss(
     """
     B, _, H, W = check_tensor("images", images, "BCHW", kind="any", C=3)
     check_tensor("logits", logits, "BKhw", like=images, hint="One map a class, background included.", B=B)
+    _check_settings(bilateral, scale)
+    check_choice("published_gradient", published_gradient, (True, False))
+    size = _side(H, scale), _side(W, scale)
     if lattices is None:
         lattices = energy_lattices(images, bilateral=bilateral, scale=scale)
-    if len(lattices) != B:
-        raise ValueError(f"lattices must be one an image, {B}, but are {len(lattices)}. Build them of these images.")
-    size = _side(H, scale), _side(W, scale)
+    else:
+        _check_lattices(lattices, B, size)
     p = promote(logits).softmax(1)
     if logits.shape[-2:] == (H, W):  # the last row of an odd side has no cell
         p = p[..., : round(size[0] / scale), : round(size[1] / scale)]
@@ -121,25 +122,34 @@ def dense_energy_loss(
     energy = p.sum() * 0
     for one, g, lattice in zip(q, gate, lattices, strict=True):
         values = one.flatten(1).mT  # (hw, K)
-        energy = energy + _Energy.apply(values, g.flatten()[:, None], lattice, published_gradient)
+        filtered = g.flatten()[:, None] * lattice.filter(values.detach() if published_gradient else values)
+        product = (values * filtered).sum()
+        energy = energy + (2 * product - product.detach() if published_gradient else product)
     return -energy / max(1, B)
 
 
-class _Energy(torch.autograd.Function):
-    """<q, g F(q)>; its gradient is g F(q) + F^T(g q), or 2 g F(q) as published."""
+def _check_settings(bilateral: tuple[float, float], scale: float) -> None:
+    if not isinstance(bilateral, (tuple, list)) or len(bilateral) != 2:
+        raise ValueError(f"bilateral must be (sxy, srgb), but is {bilateral!r}.")
+    for name, value in zip(("sxy", "srgb"), bilateral, strict=True):
+        check_number(f"bilateral {name}", value, low=_TINY, high=_MOST)
+    check_number("scale", scale, low=1e-3, high=1e3)
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, gate: Tensor, lattice: PermutohedralLattice, published: bool) -> Tensor:
-        filtered = gate * lattice.filter(q)
-        ctx.save_for_backward(q, gate, filtered)
-        ctx.lattice, ctx.published = lattice, published
-        return (q * filtered).sum()
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        q, gate, filtered = ctx.saved_tensors
-        other = filtered if ctx.published else ctx.lattice.filter_transposed(gate * q)
-        return grads[0] * (filtered + other), None, None, None
+def _check_lattices(lattices: Sequence[PermutohedralLattice], B: int, size: tuple[int, int]) -> None:
+    """Raise unless there is one lattice an image, of as many points as the image has cells."""
+    if not isinstance(lattices, Sequence):
+        raise TypeError(f"lattices must be a sequence, one an image, but is of type {type(lattices).__name__}.")
+    if len(lattices) != B:
+        raise ValueError(f"lattices must be one an image, {B}, but are {len(lattices)}. Build them of these images.")
+    for i, lattice in enumerate(lattices):
+        if not isinstance(lattice, PermutohedralLattice):
+            raise TypeError(f"lattices[{i}] must be a PermutohedralLattice, but is of type {type(lattice).__name__}.")
+        if (points := len(lattice.slice_cells)) != prod(size):
+            raise ValueError(
+                f"lattices[{i}] must have the {prod(size)} points of an image at this scale, {size}, but has {points}. "
+                "Build them with the same scale."
+            )
 
 
 def _side(side: int, scale: float) -> int:

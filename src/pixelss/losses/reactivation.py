@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from einops import einsum
 from torch import Tensor
 
@@ -31,7 +32,6 @@ def reactivation_loss(features: Tensor, cam: Tensor, classifier_weight: Tensor, 
         Chen 2022, "Class Re-Activation Maps", Eq. 4.
 
     Example:
-        >>> import torch
         >>> cam = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
         >>> reactivation_loss(2 * cam, cam, torch.eye(2), torch.ones(1, 2))
         tensor(0.3133)
@@ -40,9 +40,11 @@ def reactivation_loss(features: Tensor, cam: Tensor, classifier_weight: Tensor, 
     _, N, _, _ = check_tensor("cam", cam, "BNhw", like=features, hint="The features' size.", B=B, h=h, w=w)
     check_tensor("classifier_weight", classifier_weight, "ND", like=features, hint="A 1x1 one? Flatten it.", N=N, D=D)
     check_tensor("tags", tags, "BN", kind="any", like=features, hint=TAGS_HINT, B=B, N=N)
+    x, cam, weight = promote(features), activation(cam), promote(classifier_weight)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, cam.dtype), weight.dtype)
     with full_precision(features):
-        gathered = einsum(activation(cam), promote(features), "b n h w, b d h w -> b n d") / (h * w)
-        logits = gathered @ promote(classifier_weight).to(gathered.dtype).mT  # (B, N, N)
+        gathered = einsum(cam.to(dtype), x.to(dtype), "b n h w, b d h w -> b n d") / (h * w)
+        logits = gathered @ weight.to(dtype).mT  # (B, N, N)
     loss = -logits.log_softmax(-1).diagonal(dim1=1, dim2=2)  # (B, N)
     present = tags > 0
     means = loss.where(present, 0).sum(1) / present.sum(1).clamp(min=1)  # (B,)

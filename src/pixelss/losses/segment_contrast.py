@@ -18,20 +18,19 @@ def segment_contrast(
     """Return the contrastive loss of pixels against the mean directions of the segments of their image.
 
     Features are compared as if resized to the segments' size and normalised, but no resized feature is stored. The
-    segments' means carry no gradient.
+    segments' means carry no gradient. Counting the segments of each image waits for the device.
 
     Args:
         features: pixel features, of any size against the segments'.
-        segments: an index map, of SAM or of super-pixels; 0 is unsegmented and never a target.
+        segments: an index map, of SAM or of super-pixels; 0 and less is unsegmented and never a target.
         temperature: that cosines are divided by.
-        background: True keeps the mean of segment 0 among those that a pixel is compared with, as published.
+        background: True keeps the mean of the unsegmented among those that a pixel is compared with, as published.
 
     Shape:
         (B, D, h, w), (B, H, W) -> scalar: the mean over the batch's pixels within segments; float32 for half precision.
 
     Raises:
-        TypeError, ValueError: arguments of another rank, size, dtype kind or device; a negative segment; `temperature`
-            out of range.
+        TypeError, ValueError: arguments of another rank, size, dtype kind or device; `temperature` out of range.
 
     Reference:
         Kweon 2024, "From SAM to CAMs", its SAM-segment contrasting.
@@ -44,9 +43,7 @@ def segment_contrast(
     B, _, _, _ = check_tensor("features", features, "BDhw")
     check_tensor("segments", segments, "BHW", kind="integer", like=features, B=B)
     check_number("temperature", temperature, low=torch.finfo(torch.float32).eps, high=torch.finfo(torch.float32).max)
-    features, index = promote(features), segments.long()
-    if B and index.min() < 0:
-        raise ValueError(f"segments must be 0 or above, but hold {index.min().item()}. Map void to 0.")
+    features, index = promote(features), segments.long().clamp(min=0)
     total = features.sum() * 0
     for one, own in zip(features, index, strict=True):
         ids, own = own.unique(return_inverse=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
 from pixelss._checks import TAGS_HINT, check_count, check_integer, check_number, check_tensor
@@ -25,7 +26,7 @@ def patch_token_contrast(features: Tensor, mask: Tensor, *, ignore_index: int = 
 
     Shape:
         (B, D, h, w), (B, h, w) -> scalar; float32 for half precision. The pairs of one image are held at a time, and
-        none for the backward pass.
+        none for the backward pass; there is no second derivative.
 
     Raises:
         TypeError, ValueError: arguments of another rank, size, dtype kind or device.
@@ -72,6 +73,7 @@ class _PatchContrast(torch.autograd.Function):
         return total + torch.where(same_pairs > 0, 0.5, 0.0).to(features.dtype)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]  # what is saved is a constant to autograd
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] * ctx.saved_tensors[0], None
 

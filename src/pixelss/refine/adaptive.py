@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from math import exp
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ def pixel_adaptive_refinement(
         w_q = softmax_q(-mean_c((I_qc - I_pc) / std_c / .3)^2) + .01 softmax_q(-(d_q / std / .3)^2).
 
     The published weights add up to 1.01, so that scores grow by a tenth in ten iterations; here they are divided by it.
-    No map of all neighbours is stored: memory holds the weights and two copies of the scores.
+    No map of all neighbours is stored: memory holds the weights, B H W a neighbour, and a few copies of the scores;
+    where these carry a gradient, those of every iteration.
 
     Args:
         images: RGB of any scale and dtype, levels or normalised: colours are compared in their own deviations.
@@ -95,11 +97,19 @@ def _weights(pixels: Tensor, dilations: Sequence[int]) -> Tensor:
     colour = [
         -((neighbour - pixels) / scale).square().mean(1, keepdim=True) for neighbour in _neighbours(pixels, dilations)
     ]
-    distance = pixels.new_tensor(
-        [dilation * (dy**2 + dx**2) ** 0.5 for dilation, (dy, dx) in product(dilations, _RING)]
-    )
-    position = -(distance / (distance.std() + 1e-8) / _SHARPNESS).square()
-    return torch.stack(colour).softmax(0) + _POSITION * position.softmax(0)[:, None, None, None, None]
+    weights = torch.stack(colour).softmax(0)
+    for weight, near in zip(weights, _nearness(dilations), strict=True):
+        weight += _POSITION * near
+    return weights
+
+
+def _nearness(dilations: Sequence[int]) -> list[float]:
+    """Return softmax_q(-(d_q / std / .3)^2), as numbers: a tensor copied to the device would wait for it."""
+    distances = [dilation * (dy**2 + dx**2) ** 0.5 for dilation, (dy, dx) in product(dilations, _RING)]
+    mean = sum(distances) / len(distances)
+    variance = sum((distance - mean) ** 2 for distance in distances) / (len(distances) - 1)
+    scores = [exp(-(distance**2) / (variance**0.5 + 1e-8) ** 2 / _SHARPNESS**2) for distance in distances]
+    return [score / sum(scores) for score in scores]
 
 
 def _neighbours(x: Tensor, dilations: Sequence[int]) -> list[Tensor]:

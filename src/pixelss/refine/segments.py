@@ -26,7 +26,7 @@ def vote_segments(
 
     Args:
         mask: label map in 0..N; `ignore_index` and values out of range are void, and stay so outside of taken segments.
-        segments: an index map, 0 for none, or one boolean map a segment, which may overlap.
+        segments: an index map, 0 or less for none, or one boolean map a segment, which may overlap.
         num_classes: foreground classes N.
         share: of a segment, in [0, 1].
         cover: of a class, in [0, 1].

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, one_hot
 
-from pixelss._checks import check_count, check_number, check_tensor
+from pixelss._checks import check_count, check_no_class, check_number, check_tensor
 from pixelss._labels import valid_pixels
 
 
@@ -32,7 +32,7 @@ def boundary_mask(
         window: its side in pixels, odd; outside the map nothing is counted.
         share: of the window that each side of a boundary takes.
         difference: of the shares at a boundary.
-        ignore_index: void in the mask and in the result.
+        ignore_index: void in the mask and in the result; no zone, 0 to 3.
 
     Shape:
         (B, H, W) -> (B, H, W) int64.
@@ -55,6 +55,7 @@ def boundary_mask(
         raise ValueError(f"window must be odd, to have a middle, but is {window}.")
     check_number("share", share, low=0, high=1)
     check_number("difference", difference, low=0, high=1)
+    check_no_class(ignore_index, 3)  # a zone would be void, and void a zone
     label, valid = valid_pixels(mask, num_classes + 1, ignore_index)
     members = one_hot(label, num_classes + 1).movedim(-1, 1) * valid[:, None]  # (B, K, H, W)
     shares = avg_pool2d(members.float(), window, 1, window // 2, count_include_pad=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pixelss._checks import TAGS_HINT, check_number, check_tensor
+from pixelss._checks import TAGS_HINT, check_no_class, check_number, check_tensor
 from pixelss._dtype import activation, promote
 from pixelss._maps import background_score
 
@@ -44,7 +44,7 @@ def reliable_mask(
         share: of the sorted values that is not sure.
         background: what the background score must exceed.
         confidence: what the CRFs' probability must reach.
-        ignore_index: void in the result.
+        ignore_index: void in the result; it must be no class.
 
     Shape:
         (B, N, H, W), (B, K, H, W), (B, K, H, W), (B, N) -> (B, H, W) int64.
@@ -69,6 +69,7 @@ def reliable_mask(
     shares = {"floor": floor, "share": share, "background": background, "confidence": confidence}
     for name, setting in shares.items():
         check_number(name, setting, low=0, high=1)
+    check_no_class(ignore_index, N)
     present = torch.cat([torch.ones_like(tags[:, :1]), tags], 1) > 0
     absent = ~present[:, :, None, None]
     low, high = (promote(probs).masked_fill(absent, -1) for probs in (low_probs, high_probs))
