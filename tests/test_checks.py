@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from pixelss._checks import check_choice, check_count, check_number, check_tensor
+from pixelss._checks import (
+    check_choice,
+    check_count,
+    check_counts,
+    check_integer,
+    check_nonnegative,
+    check_number,
+    check_positive,
+    check_taps,
+    check_tensor,
+    outside_unit,
+)
 
 IMAGE = torch.zeros(2, 3, 4, 5)
 
@@ -144,3 +155,55 @@ def test_check_count():
     for value in (2.0, True, "2"):
         with pytest.raises(TypeError, match=f"dim must be an int, but is of type {type(value).__name__}"):
             check_count("dim", value)
+
+
+def test_integers_between():
+    check_integer("skip", 3, low=0, high=3)
+    with pytest.raises(ValueError, match="skip must be between 0 and 2, but is 3"):
+        check_integer("skip", 3, low=0, high=2)
+    with pytest.raises(TypeError, match="skip must be an int"):
+        check_integer("skip", 1.0, low=0, high=2)
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), 1e39])
+def test_numbers_that_float32_does_not_hold(value):
+    for check in (check_positive, check_nonnegative):
+        with pytest.raises(ValueError, match="alpha must be between"):
+            check("alpha", value)
+    check_nonnegative("alpha", 0)
+    with pytest.raises(ValueError, match="alpha must be between"):
+        check_positive("alpha", 0)
+
+
+def test_counts():
+    check_counts("dims", [1, 2], "ints, one a tap")
+    for value, error, message in (
+        (3, TypeError, "dims must be a sequence of ints, one a tap"),
+        ((), ValueError, "empty"),
+        ((1, 0), ValueError, r"dims\[1\] must be at least 1"),
+        ((1, 2.0), TypeError, r"dims\[1\] must be an int"),
+    ):
+        with pytest.raises(error, match=message):
+            check_counts("dims", value, "ints, one a tap")
+
+
+def test_taps():
+    taps = [torch.zeros(2, 3, 4, 5), torch.zeros(2, 6, 4, 5)]
+    check_taps(taps, (3, 6), shared="Bhw", like=IMAGE)
+    check_taps([taps[0], taps[1][..., 1:]], (3, 6), shared="B", like=IMAGE)
+    for value, error, message in (
+        (taps[0], TypeError, "taps must be a sequence"),
+        (taps[:1], ValueError, "taps must hold 2 tensors, as in_channels, but holds 1"),
+        (taps[::-1], ValueError, r"taps\[0\] must .*C is 6.* Theirs"),
+        ([taps[0], taps[1][..., 1:]], ValueError, r"taps\[1\] must .*w is 4"),
+        ([taps[0], taps[1][:1]], ValueError, r"taps\[1\] must .*B is 1"),
+        ([taps[0], taps[1].to("meta")], ValueError, r"taps\[1\] must lie on cpu"),
+        ([taps[0], taps[1].long()], TypeError, r"taps\[1\] must be of floating dtype"),
+    ):
+        with pytest.raises(error, match=message):
+            check_taps(value, (3, 6), shared="Bhw", like=IMAGE, hint="Theirs.")
+
+
+def test_outside_of_zero_to_one_but_for_rounding():
+    x = torch.tensor([-1.0, -0.02, -0.005, 0.0, 1.0, 1.005, 1.02, float("nan"), float("inf")])
+    assert outside_unit(x).tolist() == [True, True, False, False, False, False, True, True, True]

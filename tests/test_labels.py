@@ -15,7 +15,7 @@ from pixelss import (
     multi_scale_cross_entropy,
     regional_contrastive_loss,
 )
-from pixelss._labels import mean_over, valid_pixels
+from pixelss._labels import class_maps, mean_over, valid_pixels
 from tests.oracles import labelled, value_and_grads
 from tests.strategies import make_batch, noise
 
@@ -50,6 +50,19 @@ def test_mean_over_nothing_is_zero_on_the_graph():
     mean.backward()
     assert mean == 0
     assert not values.grad.any()
+
+
+def test_means_along_an_axis():
+    values, valid = noise(2, 3, 4), noise(3, 4) > 0
+    valid[1] = False
+    expected = [[one[row].mean() if row.any() else 0 for one, row in zip(x, valid, strict=True)] for x in values]
+    torch.testing.assert_close(mean_over(values, valid, dim=-1), torch.tensor(expected, dtype=values.dtype))
+
+
+def test_class_maps_are_one_hot():
+    label, _ = valid_pixels(make_batch().mask, 4, 255)
+    expected = torch.nn.functional.one_hot(label, 4).movedim(-1, 1).bool()
+    assert torch.equal(class_maps(label, 4), expected)
 
 
 IMAGE = torch.zeros(1, 1, 1, dtype=torch.int64)

@@ -61,6 +61,9 @@ labels = pixelss.affinity_labels(mask, mask)
 reveal_type(pixelss.LargeFOV(512, 4)(x))  # Tensor
 metric = pixelss.ConfusionMatrix(5)
 metric.update(mask, mask)
+reveal_type(pixelss.BoundaryHead((512,))([x]))  # Tensor
+reveal_type(pixelss.PixelCorrelation((512,), dims=(64,))([x], images, output.cam))  # Tensor
+reveal_type(pixelss.PixelAdaptiveRefinement()(images, probs))  # Tensor
 scores: pixelss.SegmentationScores = metric.compute()
 frozen: nn.Sequential = pixelss.freeze_norm(model)
 
@@ -74,6 +77,7 @@ import pixelss
 pixelss.RegionalContrastiveLoss(form="infonec")
 pixelss.MultiScaleAttentiveLoss(reduction="none")
 pixelss.normalize_cam(pixelss.CAMHead(3, 4), kind="max")
+pixelss.attention_affinity([], reduce="max")
 """
 
 
@@ -103,7 +107,7 @@ def test_users_files_pass_mypy_strict(tmp_path: Path) -> None:
     lines = check(tmp_path).splitlines()
     errors = [line for line in lines if ": error: " in line]
     assert not [line for line in errors if "wrong.py" not in line]
-    assert [int(line.split(":")[1]) for line in errors] == [4, 5, 6]
+    assert [int(line.split(":")[1]) for line in errors] == [4, 5, 6, 7]
     told = {int(line.split(":")[1]): line.split("Revealed type is ")[1] for line in lines if "Revealed type" in line}
     expected = {
         i: line.partition("# ")[2] for i, line in enumerate(USER.splitlines(), 1) if line.startswith("reveal_type")

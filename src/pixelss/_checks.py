@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 TAGS_HINT = "Tags are multi-hot over the foreground classes, without a background column."
+_FLOAT32 = torch.finfo(torch.float32)
+_SLACK = 0.01
 _CASTS = {
     "floating": " Images? Divide by 255 and normalise.",
     "integer": " Class scores? Take their argmax. A label map? Cast it by .long().",
@@ -136,7 +138,12 @@ def check_scales(scales: Sequence[float]) -> None:
     """Raise unless `scales` holds one positive factor of the image size or more."""
     check_sequence("scales", scales, "factors of the image size")
     for i, scale in enumerate(scales):
-        check_number(f"scales[{i}]", scale, low=1e-3, high=1e3)
+        check_scale(f"scales[{i}]", scale)
+
+
+def check_scale(name: str, value: float) -> None:
+    """Raise unless `value` is a positive factor of the image size."""
+    check_number(name, value, low=1e-3, high=1e3)
 
 
 def _is_kind(dtype: torch.dtype, kind: str) -> bool:
@@ -186,10 +193,22 @@ def check_number(name: str, value: float, *, low: float, high: float) -> None:
         raise ValueError(f"{name} must be between {low} and {high}, but is {value}.")
 
 
-def check_integer(name: str, value: int) -> None:
-    """Raise unless `value` is an integer."""
+def check_positive(name: str, value: float) -> None:
+    """Raise unless `value` is a number above 0 that float32 can divide by."""
+    check_number(name, value, low=_FLOAT32.eps, high=_FLOAT32.max)
+
+
+def check_nonnegative(name: str, value: float) -> None:
+    """Raise unless `value` is 0 or a number above that float32 holds."""
+    check_number(name, value, low=0, high=_FLOAT32.max)
+
+
+def check_integer(name: str, value: int, *, low: int | None = None, high: int | None = None) -> None:
+    """Raise unless `value` is an integer, and between `low` and `high` where both are given."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, but is of type {type(value).__name__}.")
+    if low is not None and high is not None:
+        check_number(name, value, low=low, high=high)
 
 
 def check_void(ignore_index: int, num_classes: int) -> None:
@@ -206,6 +225,30 @@ def check_count(name: str, value: int) -> None:
     check_integer(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, but is {value}.")
+
+
+def check_counts(name: str, values: Sequence[int], of: str) -> None:
+    """Raise unless `values` is a sequence of integers of at least 1; `of` says of what, as in "ints, one a tap"."""
+    check_sequence(name, values, of)
+    for i, value in enumerate(values):
+        check_count(f"{name}[{i}]", value)
+
+
+def check_taps(
+    taps: Sequence[Tensor], channels: Sequence[int], *, shared: str, like: Tensor, hint: str = "", **sizes: int
+) -> None:
+    """Raise unless `taps` holds a map (B, C, h, w) of each of the `channels`; they agree on the axes `shared`."""
+    check_sequence("taps", taps, "tensors, one a layer")
+    if len(taps) != len(channels):
+        raise ValueError(f"taps must hold {len(channels)} tensors, as in_channels, but holds {len(taps)}.")
+    for i, (tap, C) in enumerate(zip(taps, channels, strict=True)):
+        shape = check_tensor(f"taps[{i}]", tap, "BChw", kind="floating", like=like, hint=hint, **sizes | {"C": C})
+        sizes |= {axis: size for axis, size in zip("BChw", shape, strict=True) if axis in shared}
+
+
+def outside_unit(x: Tensor) -> Tensor:
+    """Return where x leaves [0, 1] by more than the rounding of half precision or of a resize, or is no number."""
+    return ~((x >= -_SLACK) & (x <= 1 + _SLACK))
 
 
 def as_tensor(name: str, value: ArrayLike | Tensor) -> Tensor:

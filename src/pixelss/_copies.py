@@ -1,4 +1,4 @@
-"""A copy of a network that shares nothing with it: no wrappers, kept activations detached, hooks bound to the copy."""
+"""A copy of a network that shares nothing with it, and what wrappers hold: for teachers and for trained classifiers."""
 
 from __future__ import annotations
 

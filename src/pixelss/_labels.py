@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pixelss._checks import check_void
@@ -18,6 +19,11 @@ def valid_pixels(mask: Tensor, num_classes: int, ignore_index: int) -> tuple[Ten
     return mask.where(valid, 0), valid
 
 
-def mean_over(values: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean of `values` where `valid`: zero, still on the graph, where that is nowhere."""
-    return values.where(valid, 0).sum() / valid.sum().clamp(min=1)
+def mean_over(values: Tensor, valid: Tensor, dim: int | None = None) -> Tensor:
+    """Return the mean of `values` where `valid`, along `dim` or of all: zero, on the graph, where that is nowhere."""
+    return values.where(valid, 0).sum(dim) / valid.sum(dim).clamp(min=1)
+
+
+def class_maps(label: Tensor, num_classes: int) -> Tensor:
+    """Return where each class is, (B, K, H, W) bool, of a label map (B, H, W); K is `num_classes`."""
+    return label[:, None] == torch.arange(num_classes, device=label.device)[:, None, None]

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pixelss._checks import check_choice, check_count, check_number, check_tensor
+from pixelss._checks import check_choice, check_count, check_nonnegative, check_number, check_tensor
 from pixelss._dtype import activation
-from pixelss._labels import valid_pixels
+from pixelss._labels import class_maps, valid_pixels
 
 
 def normalize_cam(cam: Tensor, *, kind: Literal["max", "minmax"] = "max", eps: float = 1e-5) -> Tensor:
@@ -77,7 +77,7 @@ def background_score(cam: Tensor, *, alpha: float) -> Tensor:
         0.25
     """
     check_tensor("cam", cam, "BNHW")
-    check_number("alpha", alpha, low=0, high=torch.finfo(torch.float32).max)
+    check_nonnegative("alpha", alpha)
     strongest = activation(cam).amax(1, keepdim=True)
     return (1 - strongest.clamp(0, 1)) ** alpha
 
@@ -131,9 +131,7 @@ def label_probs(mask: Tensor, num_classes: int, *, gt_prob: float = 0.7, ignore_
     check_number("gt_prob", gt_prob, low=0, high=1)
     K = num_classes + 1
     label, valid = valid_pixels(mask, K, ignore_index)
-    classes = torch.arange(K, device=mask.device)[:, None, None]
-    other = torch.full(classes.shape, (1 - gt_prob) / num_classes, device=mask.device)  # (K, 1, 1)
-    probs = other.where(label[:, None] != classes, gt_prob)
+    probs = torch.where(class_maps(label, K), gt_prob, (1 - gt_prob) / num_classes)
     return probs.where(valid[:, None], 1 / K)
 
 

@@ -7,7 +7,7 @@ from itertools import product
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pixelss._checks import check_integer, check_number
+from pixelss._checks import check_integer
 
 Offsets = tuple[tuple[int, int], ...]
 DIFFERENT, BACKGROUND, FOREGROUND, UNKNOWN = 0, 1, 2, 255  # the codes of `affinity_labels`
@@ -33,8 +33,7 @@ def pair_offsets(radius: int = 5) -> Offsets:
         >>> len(pair_offsets(5))
         34
     """
-    check_integer("radius", radius)
-    check_number("radius", radius, low=2, high=64)
+    check_integer("radius", radius, low=2, high=64)
     square = product(range(radius), range(1 - radius, radius))
     return tuple((dy, dx) for dy, dx in square if (dy > 0 or dx > 0) and dy**2 + dx**2 < radius**2)
 

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pixelss._checks import check_count, check_sequence, check_tensor, check_void
+from pixelss._checks import check_count, check_sequence, check_tensor, check_void, outside_unit
 from pixelss._counts import joint_counts, rates, union, wrong_value
 from pixelss._distributed import sum_over_processes
 from pixelss._dtype import promote
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-# A CAM in [0, 1] may leave it by the rounding of bfloat16 or of a resize in TF32; a raw one leaves it by more.
-_CAM_TOLERANCE = 0.01
 
 _DEVICE_HINT = "Inputs lie on the metric's device; .to(device) moves either."
 
@@ -268,9 +265,9 @@ class ThresholdSweep(nn.Module):
         B, _, H, W = check_tensor("cam", cam, "BNHW", like=self.histogram, hint=_DEVICE_HINT, N=N)
         hint = f"Resize the CAM to the target's size. {_DEVICE_HINT}"
         check_tensor("target", target, "BHW", kind="integer", like=cam, hint=hint, B=B, H=H, W=W)
-        inside = (cam >= -_CAM_TOLERANCE) & (cam <= 1 + _CAM_TOLERANCE)
-        if not inside.all():
-            raise wrong_value("cam", cam[~inside], "finite values in [0, 1]", "Raw CAM? Call normalize_cam first.")
+        outside = outside_unit(cam)
+        if outside.any():
+            raise wrong_value("cam", cam[outside], "finite values in [0, 1]", "Raw CAM? Call normalize_cam first.")
         strongest, best = cam.detach().max(1)  # (B, H, W) each
         strongest = promote(strongest)
         below = torch.searchsorted(self.thresholds.to(strongest.dtype), strongest)

@@ -112,6 +112,7 @@ def test_permuting_classes_permutes_cams(batch: Batch, data):
         ("layers", 0, ValueError),
         ("layers", 1.5, TypeError),
         ("reduce", "max", ValueError),
+        ("root", "no", ValueError),
     ],
 )
 def test_class_token_cam_refuses(name, value, error):

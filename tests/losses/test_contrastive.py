@@ -19,6 +19,7 @@ from tests.oracles import (
     labelled,
     unit,
 )
+from tests.refusals import BAD_FEATURES_OR_MASK, FEATURES, MASK
 from tests.strategies import SIZES, batches, make_batch
 
 SIGNATURES = {
@@ -60,7 +61,7 @@ def regional_contrastive_loss_by_loops(
     reduction: str = "mean",
     ignore_index: int = 255,
 ) -> Tensor:
-    """Eq. 4-5: -log softmax (infonce) or -softmax (ratio) of z_pk = <x_p, pt_k> / T over the filled classes."""
+    """Yoon Eq. 4, Yoon Eq. 5: -log softmax or -softmax of z_pk = <x_p, pt_k> / T over the filled classes."""
     eps = torch.finfo(features.dtype).eps
     x = bilinear(features, mask.shape[1:])
     classes = [k for k in range(len(prototypes)) if filled is None or filled[k]]
@@ -319,12 +320,6 @@ def test_module_equals_the_function(settings):
 # refusals
 
 
-FEATURES = torch.rand(2, 4, 3, 3)
-
-
-MASK = torch.zeros(2, 5, 6, dtype=torch.int64)
-
-
 PROTOTYPES = torch.rand(3, 4)
 
 
@@ -345,16 +340,7 @@ BAD_SETTINGS = [
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
-        ("features", FEATURES[0], ValueError),
-        ("features", FEATURES[:, :, :0], ValueError),
-        ("features", FEATURES.long(), TypeError),
-        ("features", None, TypeError),
-        ("mask", MASK[0], ValueError),
-        ("mask", MASK[:1], ValueError),
-        ("mask", MASK[:, :0], ValueError),
-        ("mask", MASK.float(), TypeError),
-        ("mask", MASK.bool(), TypeError),
-        ("mask", MASK.to("meta"), ValueError),
+        *BAD_FEATURES_OR_MASK,
         ("prototypes", PROTOTYPES[0], ValueError),
         ("prototypes", PROTOTYPES[:, :3], ValueError),
         ("prototypes", PROTOTYPES[:0], ValueError),

@@ -10,8 +10,8 @@ from pixelss import direct_loss
 from tests import oracles
 from tests.blocks import Block
 from tests.oracles import active, labelled
+from tests.refusals import BAD_CAM_OR_LABELS, CAM, TAGS
 from tests.strategies import SIZES, batches, make_batch
-from tests.targets.test_region import BAD_CAM_OR_LABELS, CAM, TAGS
 
 SIGNATURES = {
     "direct_loss": "(cam, mask, tags, *, ignore_index=255)",

@@ -173,6 +173,7 @@ FEATURES, SEGMENTS = torch.rand(2, 3, 4, 5), torch.ones(2, 8, 9, dtype=torch.int
         ("segments", SEGMENTS.to("meta"), ValueError),
         ("temperature", 0, ValueError),
         ("temperature", "0.5", TypeError),
+        ("background", "no", ValueError),
     ],
 )
 def test_loss_refuses(name, value, error):

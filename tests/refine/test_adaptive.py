@@ -192,11 +192,12 @@ def test_images_take_no_gradient():
         ("iterations", 2.5, TypeError),
         ("size", 0, ValueError),
         ("size", "half", TypeError),
+        ("normalize", "no", ValueError),
     ],
 )
 def test_refuses(name, value, error):
     arguments = {"images": torch.zeros(2, 3, 4, 5), "scores": torch.zeros(2, 2, 4, 5)}
-    settings = {"dilations": (1, 2), "iterations": 1, "size": None}
+    settings = {"dilations": (1, 2), "iterations": 1, "size": None, "normalize": True}
     assert_refuses(pixel_adaptive_refinement, arguments | settings, name, value, error)
     if name in settings:
         assert_refuses(PixelAdaptiveRefinement, settings, name, value, error)

@@ -16,6 +16,7 @@ from tests.oracles import (
     bilinear,
     labelled,
 )
+from tests.refusals import BAD_FEATURES_OR_MASK, FEATURES, MASK
 from tests.strategies import SIZES, Batch, batches, make_batch
 
 SIGNATURES = {
@@ -49,7 +50,7 @@ sizes = pytest.mark.parametrize(("feature_size", "image_size"), SIZES.values(), 
 def class_prototypes_by_loops(
     features: Tensor, mask: Tensor, num_classes: int, ignore_index: int = 255
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 3 for one image: the mean feature over each class's region, and the region's pixels."""
+    """Yoon Eq. 3 for one image: the mean feature over each class's region, and the region's pixels."""
     B, D, K = *features.shape[:2], num_classes + 1
     x = bilinear(features, mask.shape[1:])
     regions = {(b, k): [] for b, k in product(range(B), range(K))}
@@ -61,7 +62,7 @@ def class_prototypes_by_loops(
 
 
 def updated_bank(prototypes: Tensor, filled: Tensor, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 3 over images: the mean over those that show the class; a class shown by none keeps its row."""
+    """Yoon Eq. 3 over images: the mean over those that show the class; a class shown by none keeps its row."""
     means, counts = class_prototypes_by_loops(features, mask, len(prototypes) - 1)
     prototypes, filled = prototypes.clone(), filled.clone()
     for k in range(len(prototypes)):
@@ -287,36 +288,21 @@ def test_bank_repr_shows_its_settings():
 # refusals
 
 
-FEATURES = torch.rand(2, 4, 3, 3)
-
-
-MASK = torch.zeros(2, 5, 6, dtype=torch.int64)
-
-
-BAD = [
-    ("features", FEATURES[0], ValueError),
-    ("features", FEATURES[:, :, :0], ValueError),
-    ("features", FEATURES.long(), TypeError),
-    ("features", None, TypeError),
-    ("mask", MASK[0], ValueError),
-    ("mask", MASK[:1], ValueError),
-    ("mask", MASK[:, :0], ValueError),
-    ("mask", MASK.float(), TypeError),
-    ("mask", MASK.bool(), TypeError),
-    ("mask", MASK.to("meta"), ValueError),
-]
-
-
 @pytest.mark.parametrize(
     ("name", "value", "error"),
-    [*BAD, ("num_classes", 0, ValueError), ("num_classes", -1, ValueError), ("num_classes", 2.5, TypeError)],
+    [
+        *BAD_FEATURES_OR_MASK,
+        ("num_classes", 0, ValueError),
+        ("num_classes", -1, ValueError),
+        ("num_classes", 2.5, TypeError),
+    ],
 )
 def test_prototypes_refuse(name, value, error):
     with pytest.raises(error, match=rf"\b{name}\b"):
         class_prototypes(**{"features": FEATURES, "mask": MASK, "num_classes": 2, name: value})
 
 
-@pytest.mark.parametrize(("name", "value", "error"), [*BAD, ("features", FEATURES[:, :3], ValueError)])
+@pytest.mark.parametrize(("name", "value", "error"), [*BAD_FEATURES_OR_MASK, ("features", FEATURES[:, :3], ValueError)])
 def test_bank_refuses_and_stays_as_it_is(name, value, error):
     bank = PrototypeBank(2, 4)
     with pytest.raises(error, match=rf"\b{name}\b"):

@@ -13,6 +13,7 @@ from pixelss import ClassRegionMask, class_region_mask, direct_loss
 from tests import oracles
 from tests.blocks import Block
 from tests.oracles import active
+from tests.refusals import BAD_CAM_OR_LABELS, CAM, TAGS
 from tests.strategies import SIZES, batches, make_batch
 
 SIGNATURES = {
@@ -35,7 +36,7 @@ thresholds = st.floats(0, 1, allow_subnormal=False)
 
 
 def class_region_mask_by_loops(cam: Tensor, tags: Tensor, threshold: float) -> Tensor:
-    """Eq. 1-2: the present class of the largest activation (the lowest on a tie) where > threshold, else 0."""
+    """Yoon Eq. 1, Yoon Eq. 2: the present class of the largest activation (the lowest on a tie) where > t, else 0."""
     B, N, H, W = cam.shape
     mask = torch.zeros(B, H, W, dtype=torch.int64)
     for b, i, j in product(range(B), range(H), range(W)):
@@ -130,25 +131,6 @@ def test_mask_module_equals_the_function():
 
 
 # refusals
-
-
-CAM = torch.rand(2, 3, 4, 5)
-
-
-TAGS = torch.ones(2, 3)
-
-
-BAD_CAM_OR_LABELS = [
-    ("cam", CAM[0], ValueError),
-    ("cam", CAM[:, :, :0], ValueError),
-    ("cam", CAM.long(), TypeError),
-    ("cam", None, TypeError),
-    ("tags", TAGS[0], ValueError),
-    ("tags", TAGS[:1], ValueError),
-    ("tags", TAGS[:, :2], ValueError),
-    ("tags", TAGS.to("meta"), ValueError),
-    ("tags", [[1, 1, 1]] * 2, TypeError),
-]
 
 
 @pytest.mark.parametrize(

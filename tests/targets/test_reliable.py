@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from itertools import product
 
 import pytest
@@ -17,6 +18,10 @@ SIGNATURES = {
     "reliable_mask": "(cam, low_probs, high_probs, tags, *, alpha=32.0, floor=0.1, share=0.6, background=0.8,"
     " confidence=0.8, ignore_index=255)",
 }
+
+
+SETTINGS = ("alpha", "floor", "share", "background", "confidence")
+DEFAULTS = {name: inspect.signature(reliable_mask).parameters[name].default for name in SETTINGS}
 
 
 def probs(b: Batch) -> tuple[Tensor, Tensor]:
@@ -38,13 +43,9 @@ def reliable_mask_by_loops(
     low: Tensor,
     high: Tensor,
     tags: Tensor,
-    *,
-    alpha: float = 32.0,
-    floor: float = 0.1,
-    share: float = 0.6,
-    background: float = 0.8,
-    confidence: float = 0.8,
+    **settings: float,
 ) -> Tensor:
+    alpha, floor, share, background, confidence = ({**DEFAULTS, **settings}[name] for name in SETTINGS)
     B, N, H, W = cam.shape
     labels = torch.full((B, H, W), 255)
     for b in range(B):

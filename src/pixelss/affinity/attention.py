@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pixelss._checks import check_choice, check_count, check_integer, check_number, check_sequence, check_tensor
+from pixelss._attention import joined_attention
+from pixelss._checks import check_count, check_integer, check_tensor
 from pixelss._dtype import full_precision, promote
 
 
 def attention_affinity(
-    attention: Tensor | Sequence[Tensor], *, skip: int = 1, layers: int | None = None, reduce: str = "mean"
+    attention: Tensor | Sequence[Tensor],
+    *,
+    skip: int = 1,
+    layers: int | None = None,
+    reduce: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
     """Return the attention of patches to patches: heads averaged, layers averaged or added.
 
@@ -29,25 +35,15 @@ def attention_affinity(
         TypeError, ValueError: attention of another rank; a setting out of range.
 
     Reference:
-        Xu 2022, "Multi-class Token Transformer", section 3.4; Lin 2023, "CLIP is Also an Efficient Segmenter".
+        Xu 2022, "Multi-class Token Transformer", its patch affinity; Lin 2023, "CLIP is Also an Efficient Segmenter".
 
     Example:
         >>> attention_affinity(torch.rand(12, 2, 3, 197, 197).softmax(-1), layers=8).shape
         torch.Size([2, 196, 196])
     """
-    if not isinstance(attention, Tensor):
-        check_sequence("attention", attention, "tensors, one a layer")
-        attention = torch.stack(list(attention))
-    L, _, _, T, _ = check_tensor("attention", attention, "LBATS", hint="Of one head? Add an axis.")
-    check_tensor("attention", attention, "LBATS", hint="Of every token to every other.", S=T)
-    check_integer("skip", skip)
-    check_number("skip", skip, low=0, high=T - 1)
-    check_choice("reduce", reduce, ("mean", "sum"))
-    if layers is not None:
-        check_count("layers", layers)
-        check_number("layers", layers, low=1, high=L)
-    last = promote(attention[L - (layers or L) :]).mean(2)[..., skip:, skip:]  # (layers, B, P, P)
-    return last.mean(0) if reduce == "mean" else last.sum(0)
+    joined = joined_attention(attention, layers=layers, reduce=reduce, hint="Of one head? Add an axis.")
+    check_integer("skip", skip, low=0, high=joined.shape[-1] - 1)
+    return joined[:, skip:, skip:]
 
 
 def sinkhorn_affinity(affinity: Tensor, *, iterations: int = 3, power: int = 2) -> Tensor:
@@ -65,7 +61,7 @@ def sinkhorn_affinity(affinity: Tensor, *, iterations: int = 3, power: int = 2) 
         TypeError, ValueError: an affinity of another rank; a setting out of range.
 
     Reference:
-        Lin 2023, "CLIP is Also an Efficient Segmenter", section 3.3.
+        Lin 2023, "CLIP is Also an Efficient Segmenter", its class-aware attention-based affinity.
 
     Example:
         >>> sinkhorn_affinity(torch.rand(1, 4, 4) + 0.1).sum(1).allclose(torch.ones(1, 4), atol=0.05)
@@ -74,8 +70,7 @@ def sinkhorn_affinity(affinity: Tensor, *, iterations: int = 3, power: int = 2) 
     _, P, Q = check_tensor("affinity", affinity, "BPQ")
     if P != Q:
         raise ValueError(f"affinity must be square, but has shape {tuple(affinity.shape)}.")
-    check_integer("iterations", iterations)
-    check_number("iterations", iterations, low=0, high=1000)
+    check_integer("iterations", iterations, low=0, high=1000)
     check_count("power", power)
     w = promote(affinity)
     for _ in range(iterations):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from pixelss._checks import check_count, check_sequence, check_tensor
+from pixelss._checks import check_count, check_counts, check_taps
 from pixelss._dtype import promote
 from pixelss._resize import resize
 
@@ -30,7 +31,7 @@ class BoundaryHead(nn.Module):
             number, rank, channel count or device.
 
     Reference:
-        Ahn 2019, "Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations", section 3.1.
+        Ahn 2019, "Weakly Supervised Learning of Instance Segmentation", its class boundaries.
 
     Example:
         >>> head = BoundaryHead((8, 16), dim=4)
@@ -38,11 +39,12 @@ class BoundaryHead(nn.Module):
         torch.Size([2, 1, 14, 16])
     """
 
+    if TYPE_CHECKING:  # nn.Module's own call says Any
+        __call__: Callable[..., Tensor]
+
     def __init__(self, in_channels: Sequence[int], *, dim: int = 32) -> None:
         super().__init__()
-        check_sequence("in_channels", in_channels, "ints, one a tap")
-        for i, count in enumerate(in_channels):
-            check_count(f"in_channels[{i}]", count)
+        check_counts("in_channels", in_channels, "ints, one a tap")
         check_count("dim", dim)
         if dim % 4:
             raise ValueError(f"dim must be a multiple of 4, the groups of the norms, but is {dim}.")
@@ -53,13 +55,8 @@ class BoundaryHead(nn.Module):
 
     def forward(self, taps: Sequence[Tensor]) -> Tensor:
         """Map the backbone's taps to boundary logits."""
-        check_sequence("taps", taps, "tensors, one a layer")
-        if len(taps) != len(self.reduce):
-            raise ValueError(f"taps must hold {len(self.reduce)} tensors, as in_channels, but holds {len(taps)}.")
         hint = "Its channels are in_channels."
-        B, _, _, _ = check_tensor("taps[0]", taps[0], "BChw", like=self.join.weight, hint=hint)
-        for i, (tap, C) in enumerate(zip(taps, self.in_channels, strict=True)):
-            check_tensor(f"taps[{i}]", tap, "BChw", like=self.join.weight, hint=hint, B=B, C=C)
+        check_taps(taps, self.in_channels, shared="B", like=self.join.weight, hint=hint)
         finest = max((tap.shape[-2:] for tap in taps), key=lambda size: size[0] * size[1])
         size = finest[0], finest[1]
         maps = [resize(layer(tap.detach()), size).relu() for tap, layer in zip(taps, self.reduce, strict=True)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import elu
 
-from pixelss._checks import check_count, check_sequence, check_tensor
+from pixelss._checks import check_counts, check_taps
 from pixelss._dtype import promote
 from pixelss._pairs import pair_offsets, shifted
 
@@ -53,8 +53,8 @@ class AffinityHead(nn.Module):
         radius: int = 5,
     ) -> None:
         super().__init__()
-        _check_channels("in_channels", in_channels)
-        _check_channels("dims", dims)
+        check_counts("in_channels", in_channels, "ints, one a tap")
+        check_counts("dims", dims, "ints, one a tap")
         if len(dims) != len(in_channels):
             raise ValueError(
                 f"dims must have one entry a tap, as in_channels with {len(in_channels)}, but has {len(dims)}."
@@ -70,13 +70,8 @@ class AffinityHead(nn.Module):
 
     def forward(self, taps: Sequence[Tensor]) -> Tensor:
         """Map the backbone's taps to affinities."""
-        check_sequence("taps", taps, "tensors, one a layer")
-        if len(taps) != len(self.reduce):
-            raise ValueError(f"taps must hold {len(self.reduce)} tensors, as in_channels, but holds {len(taps)}.")
-        like, hint = self.mix.weight, "Taps share one size, and their channels are in_channels."
-        B, _, h, w = check_tensor("taps[0]", taps[0], "BChw", like=like, hint=hint, C=self.in_channels[0])
-        for i, (tap, C) in enumerate(zip(taps, self.in_channels, strict=True)):
-            check_tensor(f"taps[{i}]", tap, "BChw", like=like, hint=hint, B=B, C=C, h=h, w=w)
+        hint = "Taps share one size, and their channels are in_channels."
+        check_taps(taps, self.in_channels, shared="Bhw", like=self.mix.weight, hint=hint)
         reduced = [elu(conv(tap)) for tap, conv in zip(taps, self.reduce, strict=True)]
         features = promote(elu(self.mix(torch.cat(reduced, 1))))  # (B, D, h, w)
         # The distance to infinity is infinite, its affinity 0. |a - b| as max - min: autograd then keeps the
@@ -89,9 +84,3 @@ class AffinityHead(nn.Module):
     def extra_repr(self) -> str:
         """Return the number of offsets for the module's repr."""
         return f"offsets={len(self.offsets)}"
-
-
-def _check_channels(name: str, channels: Sequence[int]) -> None:
-    check_sequence(name, channels, "ints, one a tap")
-    for i, count in enumerate(channels):
-        check_count(f"{name}[{i}]", count)

@@ -31,7 +31,7 @@ def path_affinity(boundary: Tensor, *, radius: int = 5) -> Tensor:
         TypeError, ValueError: a boundary of another rank or dtype; `radius` out of range.
 
     Reference:
-        Ahn 2019, "Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations", section 3.2.
+        Ahn 2019, "Weakly Supervised Learning of Instance Segmentation", its affinity.
 
     Example:
         >>> boundary = torch.tensor([[[[0.0, 0.1, 0.9, 0.0]]]])
@@ -40,12 +40,11 @@ def path_affinity(boundary: Tensor, *, radius: int = 5) -> Tensor:
     """
     offsets = pair_offsets(radius)
     check_tensor("boundary", boundary, "BChw", hint="One channel: take its sigmoid if it holds logits.", C=1)
-    boundary = promote(boundary)
-    paths = []
-    for dy, dx in offsets:
-        cells = shifted(boundary[:, 0], _path(dy, dx), outside=1.0)
-        paths.append(1 - torch.stack(cells).max(0).values)  # its index is kept for the gradient, not the path's cells
-    return torch.stack(paths, 1)
+    paths = [_path(dy, dx) for dy, dx in offsets]
+    cells = tuple(product(range(radius), range(1 - radius, radius)))  # of all paths
+    at = dict(zip(cells, shifted(promote(boundary)[:, 0], cells, outside=1.0), strict=True))
+    # The maximum's index is kept for the gradient, not the path's cells.
+    return torch.stack([1 - torch.stack([at[cell] for cell in path]).max(0).values for path in paths], 1)
 
 
 def _path(dy: int, dx: int) -> Offsets:

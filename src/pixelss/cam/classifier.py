@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from pixelss._checks import check_tensor
+from pixelss._copies import unwrap
 from pixelss._dtype import promote
 from pixelss.cam.head import CAMOutput
 from pixelss.cam.reading import Plan, UnlikeError, cells_of, is_classifier, read_cells, run
@@ -72,7 +72,7 @@ def classifier_cam(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is a {type(model).__name__}.")
-    if isinstance(model, (DataParallel, DistributedDataParallel)) or "_orig_mod" in model._modules:
+    if unwrap(model) is not model:
         raise TypeError(f"model must be the plain network, but is a {type(model).__name__}: wrap the result instead.")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model must be the plain network, but is scripted: script or compile the result instead.")

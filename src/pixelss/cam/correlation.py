@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pixelss._checks import check_count, check_number, check_sequence, check_tensor
+from pixelss._checks import check_count, check_counts, check_number, check_taps, check_tensor
 from pixelss._dtype import activation, full_precision, promote
 from pixelss._maps import strongest_alone
 from pixelss._resize import resize
@@ -69,8 +70,8 @@ class PixelCorrelation(nn.Module):
     """A head that refines CAMs by `pixel_correlation` of the image and of two of its backbone's taps.
 
     E is a 1x1 convolution of [image at h x w, relu(1x1 convolution of each tap)], none with a bias. Taps, image and
-    CAMs are taken as they are: gradients reach the convolutions alone. What is spread is the CAM divided by its
-    maximum with 1 - max as background, of the foreground only the pixel's strongest class.
+    CAMs are taken as they are: gradients reach the convolutions alone. What is spread is relu(relu(A) - 1e-5) /
+    (max A + 1e-5) with 1 - max as background, of the foreground only the pixel's strongest class.
 
     Args:
         in_channels: channels of every tap.
@@ -94,12 +95,13 @@ class PixelCorrelation(nn.Module):
         torch.Size([2, 21, 5, 6])
     """
 
+    if TYPE_CHECKING:  # nn.Module's own call says Any
+        __call__: Callable[..., Tensor]
+
     def __init__(self, in_channels: Sequence[int], *, dims: Sequence[int] = (64, 128), dim: int = 192) -> None:
         super().__init__()
-        for name, channels in (("in_channels", in_channels), ("dims", dims)):
-            check_sequence(name, channels, "ints, one a tap")
-            for i, count in enumerate(channels):
-                check_count(f"{name}[{i}]", count)
+        check_counts("in_channels", in_channels, "ints, one a tap")
+        check_counts("dims", dims, "ints, one a tap")
         check_count("dim", dim)
         if len(dims) != len(in_channels):
             raise ValueError(
@@ -119,11 +121,8 @@ class PixelCorrelation(nn.Module):
         """Refine raw CAMs."""
         B, _, h, w = check_tensor("cam", cam, "BNhw", like=self.embed.weight)
         check_tensor("images", images, "BCHW", like=cam, hint="The images that the taps are of.", B=B, C=3)
-        check_sequence("taps", taps, "tensors, one a layer")
-        if len(taps) != len(self.reduce):
-            raise ValueError(f"taps must hold {len(self.reduce)} tensors, as in_channels, but holds {len(taps)}.")
-        for i, (tap, C) in enumerate(zip(taps, self.in_channels, strict=True)):
-            check_tensor(f"taps[{i}]", tap, "BChw", like=cam, B=B, C=C, h=h, w=w)
+        hint = "Taps have the CAMs' size, and their channels are in_channels."
+        check_taps(taps, self.in_channels, shared="Bhw", like=cam, hint=hint, B=B, h=h, w=w)
         reduced = [conv(tap.detach()).relu() for tap, conv in zip(taps, self.reduce, strict=True)]
         image = resize(images.detach(), (h, w)).to(reduced[0].dtype)
         embedding = self.embed(torch.cat([image, *reduced], 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -113,5 +114,5 @@ def msinf_cam(cams: Sequence[Tensor], tags: Tensor, *, size: tuple[int, int] | N
         check_count("size[0]", size[0])
         check_count("size[1]", size[1])
     check_tensor("tags", tags, "BN", kind="any", like=cams[0], hint=TAGS_HINT, B=B, N=N)
-    total = torch.stack([resize(activation(cam), size).relu() for cam in cams]).sum(0)
+    total = reduce(torch.add, (resize(activation(cam), size).relu() for cam in cams))
     return normalize_cam(total * (tags > 0)[:, :, None, None])

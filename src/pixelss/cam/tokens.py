@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from pixelss._checks import check_choice, check_count, check_number, check_sequence, check_tensor
-from pixelss._dtype import activation, promote
+from pixelss._attention import joined_attention
+from pixelss._checks import check_choice, check_tensor
+from pixelss._dtype import activation
 
 
 def class_token_cam(
@@ -16,7 +17,7 @@ def class_token_cam(
     patch_cam: Tensor,
     *,
     layers: int = 3,
-    reduce: str = "sum",
+    reduce: Literal["sum", "mean"] = "sum",
     root: bool = False,
 ) -> Tensor:
     """Return m relu(P): the attention m of class tokens to patches, heads averaged, and the patches' CAM P.
@@ -35,23 +36,18 @@ def class_token_cam(
         TypeError, ValueError: arguments of another rank, size or device; a setting out of range.
 
     Reference:
-        Xu 2022, "Multi-class Token Transformer", section 3.4; Xu 2023, "MCTformer+: Multi-Class Token Transformer".
+        Xu 2022, "Multi-class Token Transformer", its fused maps; Xu 2023, "MCTformer+: Multi-Class Token Transformer".
 
     Example:
+        >>> import torch
         >>> attention = torch.rand(12, 1, 3, 20 + 196, 20 + 196).softmax(-1)
         >>> class_token_cam(attention, torch.rand(1, 20, 14, 14)).shape
         torch.Size([1, 20, 14, 14])
     """
-    if not isinstance(attention, Tensor):
-        check_sequence("attention", attention, "tensors, one a layer")
-        attention = torch.stack(list(attention))
     B, N, h, w = check_tensor("patch_cam", patch_cam, "BNhw")
     T, hint = N + h * w, "N class tokens, then a token a patch."
-    L, _, _, _, _ = check_tensor("attention", attention, "LBATS", like=patch_cam, hint=hint, B=B, T=T, S=T)
-    check_count("layers", layers)
-    check_number("layers", layers, low=1, high=L)
-    check_choice("reduce", reduce, ("sum", "mean"))
-    last = promote(attention[L - layers :]).mean(2)[:, :, :N, N:]  # (layers, B, N, hw)
-    seen = (last.sum(0) if reduce == "sum" else last.mean(0)).view(B, N, h, w)
+    joined = joined_attention(attention, layers=layers, reduce=reduce, like=patch_cam, hint=hint, B=B, T=T)
+    check_choice("root", root, (True, False))
+    seen = joined[:, :N, N:].reshape(B, N, h, w)
     fused = seen * activation(patch_cam).relu()
     return fused.sqrt() if root else fused

@@ -37,10 +37,9 @@ def scale_dissimilarity(student: Tensor, teacher: Tensor) -> Tensor:
         >>> torch.allclose(scale_dissimilarity(cam, cam).diagonal(dim1=1, dim2=2), torch.ones(5, 3))
         True
     """
-    _, P, H, W = check_tensor("student", student, "SPHW")
-    check_tensor("teacher", teacher, "RPHW", like=student, P=P, H=H, W=W)
+    dtype = _check_pairs(student, teacher)
     with full_precision(student):
-        s, r = (normalize(promote(cam).flatten(2), dim=-1).transpose(0, 1) for cam in (student, teacher))
+        s, r = (normalize(cam.to(dtype).flatten(2), dim=-1).transpose(0, 1) for cam in (student, teacher))
         return 2 - s @ r.mT  # (P, S, HW) (P, HW, R)
 
 
@@ -67,11 +66,20 @@ def attentive_target(student: Tensor, teacher: Tensor, *, attentive: bool = True
         >>> attentive_target(torch.ones(1, 1, 1, 1), teacher, attentive=False).flatten()
         tensor([0.3000])
     """
-    xi = scale_dissimilarity(student, teacher)
+    check_choice("attentive", attentive, (True, False))
+    dtype = _check_pairs(student, teacher)
     if not attentive:
-        xi = torch.ones_like(xi)
+        return teacher.to(dtype).mean(0).expand(student.shape)
+    xi = scale_dissimilarity(student, teacher)
     with full_precision(student):
-        return einsum(xi, promote(teacher), "p s r, r p h w -> s p h w") / len(teacher)
+        return einsum(xi, teacher.to(dtype), "p s r, r p h w -> s p h w") / len(teacher)
+
+
+def _check_pairs(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """Check the CAMs of pairs at the student's and the teacher's scales; returns the dtype to compute in."""
+    _, P, H, W = check_tensor("student", student, "SPHW")
+    check_tensor("teacher", teacher, "RPHW", like=student, P=P, H=H, W=W)
+    return torch.promote_types(promote(student).dtype, promote(teacher).dtype)
 
 
 def multi_scale_attentive_loss(

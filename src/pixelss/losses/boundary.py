@@ -28,7 +28,7 @@ def boundary_loss(boundary: Tensor, zones: Tensor, *, ignore_index: int = 255) -
         TypeError, ValueError: arguments of another rank, size, dtype kind or device.
 
     Reference:
-        Chen 2020, "Weakly Supervised Semantic Segmentation with Boundary Exploration", section 3.2.
+        Chen 2020, "Weakly Supervised Semantic Segmentation with Boundary Exploration", its boundary loss.
 
     Example:
         >>> import torch

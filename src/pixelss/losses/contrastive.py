@@ -10,7 +10,7 @@ from einops import einsum
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from pixelss._checks import check_choice, check_integer, check_number, check_tensor
+from pixelss._checks import check_choice, check_integer, check_positive, check_tensor
 from pixelss._dtype import full_precision, promote
 from pixelss._labels import mean_over, valid_pixels
 from pixelss._resize import resize, resize_matrix
@@ -92,8 +92,7 @@ def regional_contrastive_loss(
 
 
 def _check_settings(temperature: float, form: str, reduction: str, ignore_index: int) -> None:
-    limits = torch.finfo(torch.float32)
-    check_number("temperature", temperature, low=limits.eps, high=limits.max)
+    check_positive("temperature", temperature)
     check_choice("form", form, ("infonce", "ratio"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     check_integer("ignore_index", ignore_index)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pixelss._checks import TAGS_HINT, check_tensor
 from pixelss._dtype import activation
-from pixelss._labels import mean_over, valid_pixels
+from pixelss._labels import class_maps, mean_over, valid_pixels
 
 
 def direct_loss(cam: Tensor, mask: Tensor, tags: Tensor, *, ignore_index: int = 255) -> Tensor:
@@ -46,6 +46,5 @@ def direct_loss(cam: Tensor, mask: Tensor, tags: Tensor, *, ignore_index: int = 
     cam = cam.clamp(eps, 1 - eps)
     label, valid = valid_pixels(mask, N + 1, ignore_index)
     counted = (tags > 0)[:, :, None, None] & valid[:, None]  # (B, N, H, W): present pairs at valid pixels
-    classes = torch.arange(1, N + 1, device=cam.device)[:, None, None]
-    loss = -torch.where(label[:, None] == classes, cam.log(), (1 - cam).log())
+    loss = -torch.where(class_maps(label, N + 1)[:, 1:], cam.log(), (1 - cam).log())
     return mean_over(loss, counted)

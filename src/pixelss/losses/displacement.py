@@ -27,7 +27,7 @@ def displacement_loss(displacement: Tensor, labels: Tensor) -> Tensor:
         TypeError, ValueError: arguments of another rank, size, dtype kind or device; an O of no radius.
 
     Reference:
-        Ahn 2019, "Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations", section 3.3.
+        Ahn 2019, "Weakly Supervised Learning of Instance Segmentation", its displacement field.
 
     Example:
         >>> to_the_left = torch.stack([torch.zeros(1, 4), -torch.arange(4.0)[None]])[None]  # dy, dx

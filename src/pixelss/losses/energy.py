@@ -8,13 +8,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from pixelss._checks import check_choice, check_number, check_tensor
+from pixelss._checks import check_choice, check_positive, check_scale, check_tensor
 from pixelss._dtype import promote
 from pixelss._labels import valid_pixels
 from pixelss._lattice import PermutohedralLattice
 from pixelss._resize import resize
-
-_TINY, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def energy_lattices(
@@ -34,7 +32,7 @@ def energy_lattices(
         TypeError, ValueError: images of another rank; a setting out of range.
 
     Reference:
-        Zhang 2020, "Reliability Does Matter", section 3.3.
+        Zhang 2020, "Reliability Does Matter", its dense energy loss.
 
     Example:
         >>> len(energy_lattices(torch.rand(2, 3, 16, 16) * 255))
@@ -69,7 +67,8 @@ def dense_energy_loss(
 
     Args:
         images: RGB levels 0 to 255, of dtype uint8 or floating.
-        logits: of every class, of any size: their probabilities are resized to `scale` times the images' size.
+        logits: of every class, of any size: their probabilities are resized to `scale` times the images' size, rounded
+            down. Logits of the images' size lose the rows and columns beyond it first: at .5 the last of an odd side.
         mask: label map at the images' size; None: no class is known, and g is 1.
         region: 1 where the crop shows the image, 0 where it is padding; None: everywhere.
         bilateral: (sxy in pixels, srgb in levels), the standard deviations.
@@ -87,7 +86,7 @@ def dense_energy_loss(
             lattice an image, or lattices of another scale.
 
     Reference:
-        Zhang 2020, "Reliability Does Matter", section 3.3.
+        Zhang 2020, "Reliability Does Matter", its dense energy loss.
 
     Example:
         >>> images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
@@ -132,8 +131,8 @@ def _check_settings(bilateral: tuple[float, float], scale: float) -> None:
     if not isinstance(bilateral, (tuple, list)) or len(bilateral) != 2:
         raise ValueError(f"bilateral must be (sxy, srgb), but is {bilateral!r}.")
     for name, value in zip(("sxy", "srgb"), bilateral, strict=True):
-        check_number(f"bilateral {name}", value, low=_TINY, high=_MOST)
-    check_number("scale", scale, low=1e-3, high=1e3)
+        check_positive(f"bilateral {name}", value)
+    check_scale("scale", scale)
 
 
 def _check_lattices(lattices: Sequence[PermutohedralLattice], B: int, size: tuple[int, int]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pixelss._checks import TAGS_HINT, check_tensor
 from pixelss._dtype import activation, full_precision, promote
+from pixelss._labels import mean_over
 
 
 def reactivation_loss(features: Tensor, cam: Tensor, classifier_weight: Tensor, tags: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def reactivation_loss(features: Tensor, cam: Tensor, classifier_weight: Tensor, 
         TypeError, ValueError: arguments of another rank, size, dtype kind or device.
 
     Reference:
-        Chen 2022, "Class Re-Activation Maps", Eq. 4.
+        Chen 2022, "Class Re-Activation Maps", its softmax cross-entropy.
 
     Example:
         >>> cam = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
@@ -46,6 +47,4 @@ def reactivation_loss(features: Tensor, cam: Tensor, classifier_weight: Tensor, 
         gathered = einsum(cam.to(dtype), x.to(dtype), "b n h w, b d h w -> b n d") / (h * w)
         logits = gathered @ weight.to(dtype).mT  # (B, N, N)
     loss = -logits.log_softmax(-1).diagonal(dim1=1, dim2=2)  # (B, N)
-    present = tags > 0
-    means = loss.where(present, 0).sum(1) / present.sum(1).clamp(min=1)  # (B,)
-    return means.sum() / max(1, B)
+    return mean_over(loss, tags > 0, dim=1).sum() / max(1, B)

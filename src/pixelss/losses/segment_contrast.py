@@ -6,7 +6,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from pixelss._checks import check_number, check_tensor
+from pixelss._checks import check_choice, check_positive, check_tensor
 from pixelss._dtype import full_precision, promote
 from pixelss._resize import resize_matrix
 from pixelss.losses.contrastive import regional_contrastive_loss, resized_square_norm
@@ -42,7 +42,8 @@ def segment_contrast(
     """
     B, _, _, _ = check_tensor("features", features, "BDhw")
     check_tensor("segments", segments, "BHW", kind="integer", like=features, B=B)
-    check_number("temperature", temperature, low=torch.finfo(torch.float32).eps, high=torch.finfo(torch.float32).max)
+    check_positive("temperature", temperature)
+    check_choice("background", background, (True, False))
     features, index = promote(features), segments.long().clamp(min=0)
     total = features.sum() * 0
     for one, own in zip(features, index, strict=True):

@@ -9,15 +9,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
-from pixelss._checks import TAGS_HINT, check_count, check_integer, check_number, check_tensor
+from pixelss._checks import TAGS_HINT, check_count, check_integer, check_positive, check_tensor
 from pixelss._dtype import full_precision, promote
+from pixelss._labels import mean_over
 
 
 def patch_token_contrast(features: Tensor, mask: Tensor, *, ignore_index: int = 255) -> Tensor:
     """Return how unlike the tokens of one class are, and how alike those of different classes, by |cos|.
 
-    With S_pq = |cos(x_p, x_q)| over the pairs p != q of one image whose cells are not void, and means that divide by
-    the number of pairs plus 1: half of 1 - the mean of S over pairs of one class, plus half the mean over the others.
+    With S_pq = |cos(x_p, x_q)| over the pairs p != q of one image whose cells are not void, and means over all images'
+    pairs that divide by their number plus 1: half of 1 - the mean of S over pairs of one class, plus half the mean over
+    the others. A batch without a pair of one class has no first half.
 
     Args:
         features: patch tokens as a map.
@@ -32,7 +34,7 @@ def patch_token_contrast(features: Tensor, mask: Tensor, *, ignore_index: int = 
         TypeError, ValueError: arguments of another rank, size, dtype kind or device.
 
     Reference:
-        Ru 2023, "Token Contrast for Weakly-Supervised Semantic Segmentation", section 3.2.
+        Ru 2023, "Token Contrast for Weakly-Supervised Semantic Segmentation", its patch token contrast.
 
     Example:
         >>> features = torch.tensor([[[[1.0, 1.0, 0.0]], [[0.0, 0.0, 1.0]]]])
@@ -109,18 +111,19 @@ def class_token_contrast(tokens: Tensor, tags: Tensor, *, temperature: float = 1
     """
     _, B, N, _ = check_tensor("tokens", tokens, "LBND")
     check_tensor("tags", tags, "BN", kind="any", like=tokens, hint=TAGS_HINT, B=B, N=N)
-    check_number("temperature", temperature, low=torch.finfo(torch.float32).eps, high=torch.finfo(torch.float32).max)
+    check_positive("temperature", temperature)
     x = normalize(promote(tokens), dim=-1)
     with full_precision(x):
         cosine = x @ x.mT / temperature  # (L, B, N, N)
     loss = -cosine.log_softmax(-1).diagonal(dim1=-2, dim2=-1)  # (L, B, N)
-    present = tags > 0
-    means = loss.where(present, 0).sum(-1) / present.sum(-1).clamp(min=1)  # (L, B)
+    means = mean_over(loss, tags > 0, dim=-1)  # (L, B)
     return means.sum() / max(1, means.numel())
 
 
 def token_affinity_loss(affinity: Tensor, mask: Tensor, *, radius: int = 8, ignore_index: int = 255) -> Tensor:
     """Return half the mean of 1 - p over pairs of one class, and half that of p over others, within a square.
+
+    A cell makes a pair with itself too; means are over the pairs of all images, and divide by their number plus 1.
 
     Args:
         affinity: of every two cells of an image, in [0, 1].
@@ -129,13 +132,13 @@ def token_affinity_loss(affinity: Tensor, mask: Tensor, *, radius: int = 8, igno
         ignore_index: the mask's void value.
 
     Shape:
-        (B, P, P), (B, h, w), P = h w -> scalar; float32 for half precision. Means divide by the pairs plus 1.
+        (B, P, P), (B, h, w), P = h w -> scalar; float32 for half precision.
 
     Raises:
         TypeError, ValueError: arguments of another rank, size, dtype kind or device; `radius` out of range.
 
     Reference:
-        Ru 2022, "Learning Affinity from Attention", section 3.3.
+        Ru 2022, "Learning Affinity from Attention", its affinity loss.
 
     Example:
         >>> affinity = torch.tensor([[[1.0, 0.5], [0.5, 1.0]]])

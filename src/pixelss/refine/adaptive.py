@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from math import exp
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from pixelss._checks import check_count, check_integer, check_number, check_sequence, check_tensor
+from pixelss._checks import check_choice, check_counts, check_integer, check_scale, check_tensor
 from pixelss._dtype import full_precision, promote
 from pixelss._resize import resize, scaled_side
 
@@ -53,7 +54,7 @@ def pixel_adaptive_refinement(
         TypeError, ValueError: arguments of another rank, size, dtype or device; a setting out of range.
 
     Reference:
-        Ru 2022, "Learning Affinity from Attention", section 3.4.
+        Ru 2022, "Learning Affinity from Attention", its PAR.
 
     Example:
         >>> images = torch.zeros(1, 3, 8, 8)
@@ -66,7 +67,7 @@ def pixel_adaptive_refinement(
     hint = "Images are RGB, of the scores' size."
     B, _, H, W = check_tensor("images", images, "BCHW", kind="any", hint=hint, C=3)
     check_tensor("scores", scores, "BKHW", like=images, hint=hint, B=B, H=H, W=W)
-    _check_settings(dilations, iterations, size)
+    _check_settings(dilations, iterations, size, normalize)
     scores = promote(scores)
     pixels = images.detach().to(scores.dtype)
     if size is not None:
@@ -121,14 +122,12 @@ def _neighbours(x: Tensor, dilations: Sequence[int]) -> list[Tensor]:
     return [padded[..., y : y + H, x : x + W] for y, x in starts]
 
 
-def _check_settings(dilations: Sequence[int], iterations: int, size: float | None) -> None:
-    check_sequence("dilations", dilations, "distances in pixels")
-    for i, dilation in enumerate(dilations):
-        check_count(f"dilations[{i}]", dilation)
-    check_integer("iterations", iterations)
-    check_number("iterations", iterations, low=0, high=10_000)
+def _check_settings(dilations: Sequence[int], iterations: int, size: float | None, normalize: bool) -> None:
+    check_counts("dilations", dilations, "distances in pixels")
+    check_integer("iterations", iterations, low=0, high=10_000)
+    check_choice("normalize", normalize, (True, False))
     if size is not None:
-        check_number("size", size, low=1e-3, high=1e3)
+        check_scale("size", size)
 
 
 class PixelAdaptiveRefinement(nn.Module):
@@ -146,6 +145,9 @@ class PixelAdaptiveRefinement(nn.Module):
         torch.Size([1, 21, 40, 60])
     """
 
+    if TYPE_CHECKING:  # nn.Module's own call says Any
+        __call__: Callable[..., Tensor]
+
     def __init__(
         self,
         *,
@@ -155,7 +157,7 @@ class PixelAdaptiveRefinement(nn.Module):
         normalize: bool = True,
     ) -> None:
         super().__init__()
-        _check_settings(dilations, iterations, size)
+        _check_settings(dilations, iterations, size, normalize)
         self.dilations, self.iterations, self.size, self.normalize = tuple(dilations), iterations, size, normalize
 
     def forward(self, images: Tensor, scores: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def refine_by_affinity(scores: Tensor, affinity: Tensor, *, inside: Tensor | Non
         TypeError, ValueError: arguments of another rank, size, dtype kind or device.
 
     Reference:
-        Lin 2023, "CLIP is Also an Efficient Segmenter", section 3.3.
+        Lin 2023, "CLIP is Also an Efficient Segmenter", its refinement by affinity.
 
     Example:
         >>> scores = torch.tensor([[[[1.0, 0.0]]]])
@@ -61,7 +61,7 @@ def cam_boxes(cam: Tensor, *, threshold: float = 0.4) -> Tensor:
         TypeError, ValueError: CAMs of another rank or dtype kind; `threshold` out of range.
 
     Reference:
-        Lin 2023, "CLIP is Also an Efficient Segmenter", section 3.3.
+        Lin 2023, "CLIP is Also an Efficient Segmenter", its box mask.
 
     Example:
         >>> cam = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])[None, None]

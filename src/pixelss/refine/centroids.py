@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pixelss._checks import check_integer, check_number, check_tensor
+from pixelss._checks import check_integer, check_tensor
 from pixelss._dtype import activation
 
 
@@ -26,7 +26,7 @@ def centroids(displacement: Tensor, *, iterations: int = 300) -> Tensor:
         TypeError, ValueError: a displacement of another rank; `iterations` out of range.
 
     Reference:
-        Ahn 2019, "Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations", section 4.2.
+        Ahn 2019, "Weakly Supervised Learning of Instance Segmentation", its centroids.
 
     Example:
         >>> to_the_left = torch.zeros(1, 2, 1, 4)
@@ -35,8 +35,7 @@ def centroids(displacement: Tensor, *, iterations: int = 300) -> Tensor:
         tensor([[0, 0, 0, 0]])
     """
     B, _, h, w = check_tensor("displacement", displacement, "BChw", hint="Two channels, dy and dx.", C=2)
-    check_integer("iterations", iterations)
-    check_number("iterations", iterations, low=0, high=100_000)
+    check_integer("iterations", iterations, low=0, high=100_000)
     d = activation(displacement).flatten(2)  # (B, 2, hw)
     rows, columns = (torch.arange(side, dtype=d.dtype, device=d.device) for side in (h, w))
     y, x = (grid.flatten().expand(B, h * w) for grid in torch.meshgrid(rows, columns, indexing="ij"))

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pixelss._checks import check_images, check_integer, check_number, check_tensor
+from pixelss._checks import check_images, check_integer, check_nonnegative, check_positive, check_tensor, outside_unit
 from pixelss._dtype import promote
 from pixelss._lattice import PermutohedralLattice
 
 _CLIP = 1e-5
-_SLACK = 1e-2  # what half precision and sums of scales may exceed [0, 1] by
-_LIMITS = torch.finfo(torch.float32)
 
 
 def dense_crf(
@@ -64,7 +62,7 @@ def dense_crf(
     _, K, _, _ = check_tensor("probs", probs, "BKHW", like=images, hint=hint, B=B, H=H, W=W)
     _check_settings(iterations, gaussian, bilateral)
     probs = promote(probs)
-    if not ((probs >= -_SLACK) & (probs <= 1 + _SLACK)).all():
+    if outside_unit(probs).any():
         span = f"{probs.min().item():.4g} to {probs.max().item():.4g}"
         raise ValueError(f"probs must lie in [0, 1], but ranges from {span}. Logits? Take their softmax(dim=1).")
 
@@ -164,4 +162,5 @@ def _check_settings(
         if not isinstance(kernel, (tuple, list)) or len(kernel) != len(settings):
             raise ValueError(f"{name} must be None or ({', '.join(settings)}), but is {kernel!r}.")
         for setting, value in zip(settings, kernel, strict=True):
-            check_number(f"{name} {setting}", value, low=0 if setting == "compat" else _LIMITS.tiny, high=_LIMITS.max)
+            check = check_nonnegative if setting == "compat" else check_positive
+            check(f"{name} {setting}", value)

@@ -14,16 +14,16 @@ from pixelss._checks import (
     check_images,
     check_multi_hot,
     check_no_class,
+    check_nonnegative,
     check_number,
     check_tensor,
+    outside_unit,
 )
 from pixelss._dtype import promote
 from pixelss._maps import background_score, confident, label_probs, refill
 from pixelss.refine.crf import dense_crf
 
 Refiner = Callable[[Tensor, Tensor], Tensor]
-
-_SLACK = 0.01  # what half precision and resizes may exceed [0, 1] by
 
 
 def pseudo_labels(
@@ -132,7 +132,7 @@ def _refined(images: Tensor, scores: Tensor, refine: str | Refiner | None) -> Te
 
 def _check_cam(cam: Tensor) -> None:
     """Raise where CAMs leave [0, 1] by more than rounding, as raw ones do."""
-    outside = ~((cam >= -_SLACK) & (cam <= 1 + _SLACK))
+    outside = outside_unit(cam)
     if bool(outside.any()):
         value = cam[outside][0].item()
         raise ValueError(f"cam must lie in [0, 1], but holds {value:.4g}. Raw CAMs? Call msinf_cam or normalize_cam.")
@@ -149,7 +149,7 @@ def _check_settings(
     if not callable(refine):
         check_choice("refine", refine, ("label_crf", "crf", None))
     if alpha is not None:
-        check_number("alpha", alpha, low=0, high=torch.finfo(torch.float32).max)
+        check_nonnegative("alpha", alpha)
     if void is not None:
         if alpha is not None:
             raise ValueError(

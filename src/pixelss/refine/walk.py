@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from pixelss._checks import check_integer, check_number, check_tensor
+from pixelss._checks import check_integer, check_positive, check_tensor
 from pixelss._dtype import promote
 from pixelss._pairs import Offsets, pair_offsets, shifted
 
@@ -53,10 +53,8 @@ def random_walk(scores: Tensor, affinity: Tensor, *, beta: float = 8.0, log_step
     B, K, h, w = check_tensor("scores", scores, "BKhw", hint="One map a class, background included.")
     hint = f"radius={radius} has {len(offsets)} offsets; the size is that of the scores."
     check_tensor("affinity", affinity, "BOhw", like=scores, hint=hint, B=B, O=len(offsets), h=h, w=w)
-    limits = torch.finfo(torch.float32)
-    check_number("beta", beta, low=limits.eps, high=limits.max)
-    check_integer("log_steps", log_steps)
-    check_number("log_steps", log_steps, low=0, high=16)
+    check_positive("beta", beta)
+    check_integer("log_steps", log_steps, low=0, high=16)
 
     dtype = torch.promote_types(promote(scores).dtype, promote(affinity).dtype)
     scores = scores.to(dtype)

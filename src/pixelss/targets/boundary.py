@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, one_hot
+from torch.nn.functional import avg_pool2d
 
 from pixelss._checks import check_count, check_no_class, check_number, check_tensor
-from pixelss._labels import valid_pixels
+from pixelss._labels import class_maps, valid_pixels
 
 
 def boundary_mask(
@@ -23,8 +23,8 @@ def boundary_mask(
 
     With the shares of the window around the pixel: b of the background, f >= g of the two most frequent classes. Zone 2
     (background and object) where f and b exceed `share` and differ by less than `difference`; zone 3 (two objects)
-    where g exceeds it and f - g is less; zone 0 where b exceeds twice both against f, zone 1 where f does against b. A
-    later rule goes before an earlier one, in the order 0, 1, 2, 3.
+    where g exceeds it and f - g is less. Zone 0 where b exceeds twice `share` and f by twice `difference` or more,
+    zone 1 where f does so against b. A later rule goes before an earlier one, in the order 0, 1, 2, 3.
 
     Args:
         mask: confident label map in 0..N; `ignore_index` and values out of range are void.
@@ -41,7 +41,7 @@ def boundary_mask(
         TypeError, ValueError: a mask of another rank or dtype kind; a setting out of range.
 
     Reference:
-        Chen 2020, "Weakly Supervised Semantic Segmentation with Boundary Exploration", section 3.2.
+        Chen 2020, "Weakly Supervised Semantic Segmentation with Boundary Exploration", its boundary labels.
 
     Example:
         >>> mask = torch.tensor([[[0, 0, 0, 255, 1, 1, 1]]])
@@ -57,7 +57,7 @@ def boundary_mask(
     check_number("difference", difference, low=0, high=1)
     check_no_class(ignore_index, 3)  # a zone would be void, and void a zone
     label, valid = valid_pixels(mask, num_classes + 1, ignore_index)
-    members = one_hot(label, num_classes + 1).movedim(-1, 1) * valid[:, None]  # (B, K, H, W)
+    members = class_maps(label, num_classes + 1) & valid[:, None]  # (B, K, H, W)
     shares = avg_pool2d(members.float(), window, 1, window // 2, count_include_pad=False)
     background, foreground = shares[:, 0], shares[:, 1:]
     first = foreground.amax(1)

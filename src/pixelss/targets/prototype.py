@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pixelss._checks import check_count, check_tensor, check_void
 from pixelss._distributed import sum_over_processes
 from pixelss._dtype import full_precision, promote
-from pixelss._labels import valid_pixels
+from pixelss._labels import class_maps, valid_pixels
 from pixelss._resize import resize_matrix
 
 
@@ -51,8 +51,7 @@ def class_prototypes(
     check_count("num_classes", num_classes)
     features = promote(features)
     label, valid = valid_pixels(mask, num_classes + 1, ignore_index)
-    classes = torch.arange(num_classes + 1, device=mask.device)[:, None, None]
-    region = (label[:, None] == classes) & valid[:, None]  # (B, K, H, W)
+    region = class_maps(label, num_classes + 1) & valid[:, None]  # (B, K, H, W)
     with full_precision(features):
         weights = region.to(features.dtype)
         if w != W:

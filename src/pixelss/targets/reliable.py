@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pixelss._checks import TAGS_HINT, check_no_class, check_number, check_tensor
+from pixelss._checks import TAGS_HINT, check_no_class, check_nonnegative, check_number, check_tensor
 from pixelss._dtype import activation, promote
 from pixelss._maps import background_score
-
-_LIMIT = torch.finfo(torch.float32).max
 
 
 def reliable_mask(
@@ -30,8 +28,9 @@ def reliable_mask(
     The class is that of the low CRF where it is foreground, background where the high CRF says so, else unknown. It
     stays where both agree that it is sure:
 
-    - the CAM: with [(1 - max cam)^alpha, cam], a pixel of class n is sure where its value exceeds the entry at `share`
-      of the sorted values, those above `floor`, of the pixels that this map gives to n; background above `background`.
+    - the CAM: the arg-max of [(1 - max cam)^alpha, cam] over the present classes gives each pixel a class and a value.
+      It is sure where the value exceeds the one at `share` of its class's, sorted, those above `floor` alone; the
+      background where it exceeds `background`.
     - the CRFs: the largest of the high CRF's background and of the low CRF's present classes is `confidence` or more.
 
     Args:
@@ -53,7 +52,7 @@ def reliable_mask(
         TypeError, ValueError: arguments of another rank, size, dtype kind or device; a setting out of range.
 
     Reference:
-        Zhang 2020, "Reliability Does Matter", section 3.2, as its code does it.
+        Zhang 2020, "Reliability Does Matter", its reliable regions, as its code finds them.
 
     Example:
         >>> cam = torch.tensor([[[[1.0, 0.9, 0.2, 0.0]]]])
@@ -65,7 +64,7 @@ def reliable_mask(
     for name, probs in (("low_probs", low_probs), ("high_probs", high_probs)):
         check_tensor(name, probs, "BKHW", like=cam, hint="Background first.", B=B, K=N + 1, H=H, W=W)
     check_tensor("tags", tags, "BN", kind="any", like=cam, hint=TAGS_HINT, B=B, N=N)
-    check_number("alpha", alpha, low=0, high=_LIMIT)
+    check_nonnegative("alpha", alpha)
     shares = {"floor": floor, "share": share, "background": background, "confidence": confidence}
     for name, setting in shares.items():
         check_number(name, setting, low=0, high=1)
