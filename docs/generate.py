@@ -60,6 +60,12 @@ BIBLIOGRAPHY = {
         "CVPR 2019",
         arxiv("1904.05044"),
     ),
+    "Chang 2020": Paper(
+        "Yu-Ting Chang, Qiaosong Wang, Wei-Chih Hung, Robinson Piramuthu, Yi-Hsuan Tsai, Ming-Hsuan Yang",
+        "Weakly-Supervised Semantic Segmentation via Sub-category Exploration",
+        "CVPR 2020",
+        arxiv("2008.01183"),
+    ),
     "Chen 2015": Paper(
         "Liang-Chieh Chen, George Papandreou, Iasonas Kokkinos, Kevin Murphy, Alan L. Yuille",
         "Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs",

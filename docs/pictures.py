@@ -174,6 +174,17 @@ def attentive_picture() -> viz.Pixels:
     return viz.grid(rows, titles=["scale 0.5", "scale 1", "scale 2"], names=names, heat="CAM or target (above 1: 1)")
 
 
+def subcategory_picture() -> viz.Pixels:
+    pool = scenes(200, seed=2)
+    many, many_tags, _ = batch(pool)
+    with torch.no_grad():
+        pooled = student(many).features.mean((2, 3))
+    generator = torch.Generator().manual_seed(0)
+    found = pixelss.subcategory_tags(pooled, many_tags, clusters=3, generator=generator)[:, :3]  # of the first class
+    rows = [[pool[i].image for i in own.nonzero()[:5, 0].tolist()] for own in found.unbind(1)]
+    return viz.grid(rows, names=[f"{CLASSES[0]} {c}" for c in range(3)])
+
+
 def proportional_picture() -> viz.Pixels:
     claimed = cam > 0.15  # low, so that they overlap
     shared = pixelss.proportional_mask(cam, claimed, tags)
