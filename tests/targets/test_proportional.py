@@ -99,6 +99,11 @@ def test_what_lies_outside_of_a_claim_does_not_make_an_object_larger():
     assert proportional_mask(cam, foreground, torch.ones(1, 2)).tolist() == [[[1, 0, 0, 0]]]  # .9 / 1.9 > .5 / 1.5
 
 
+def test_the_one_in_the_share_keeps_a_faint_class_from_winning():
+    cam = torch.tensor([[[[0.2, 0.0, 0.0]], [[0.5, 0.7, 0.7]]]])
+    assert proportional_mask(cam, cam > 0, torch.ones(1, 2)).tolist() == [[[2, 2, 2]]]  # .2 / 1.2 < .5 / 2.9
+
+
 def test_a_claim_without_activation_is_background():
     cam = torch.tensor([[[[0.0, 0.5]], [[0.0, 0.0]]]])
     assert proportional_mask(cam, torch.ones_like(cam).bool(), torch.ones(1, 2)).tolist() == [[[0, 1]]]
