@@ -149,6 +149,12 @@ def test_a_class_must_keep_half(after, lost):
     assert lost_classes(knowledge, advice, 2).tolist() == [[False, False, lost]]
 
 
+def test_a_class_that_keeps_just_its_share_is_not_lost():
+    knowledge, advice = torch.ones(1, 1, 25).long(), torch.zeros(1, 1, 25).long()
+    advice[..., :15] = 1
+    assert not lost_classes(knowledge, advice, 1, share=0.6).any()  # in float32 0.6 * 25 is more than 15
+
+
 def test_the_background_counts_as_a_class():
     knowledge, advice = torch.tensor([[[0, 0, 0, 1]]]), torch.tensor([[[1, 1, 0, 1]]])
     assert lost_classes(knowledge, advice, 1).tolist() == [[True, False]]
@@ -196,12 +202,12 @@ def test_a_lost_class_comes_back_and_nothing_else():
 
 
 def test_labels_that_are_no_class_are_never_flagged():
-    knowledge, advice = torch.tensor([[[255, -1, 3, 1]]]), torch.zeros(1, 1, 4).long()
+    knowledge, advice = torch.tensor([[[255, -1, 3, 0]]]), torch.ones(1, 1, 4).long()
     logits = torch.zeros(1, 1, 1, 4)
-    merged = merge_by_difference(knowledge, advice, logits, logits, torch.tensor([[0, 1, 1]]))
-    assert merged.tolist() == [[[0, 0, 0, 1]]]
-    merged = merge_by_difference(knowledge, advice, logits, logits, torch.tensor([[0, 1, 1]]), bias=-1)
-    assert merged.tolist() == [[[255, -1, 3, 1]]]
+    merged = merge_by_difference(knowledge, advice, logits, logits, torch.tensor([[1, 0, 0]]))
+    assert merged.tolist() == [[[1, 1, 1, 0]]]
+    merged = merge_by_difference(knowledge, advice, logits, logits, torch.tensor([[0, 0, 1]]), bias=-1)
+    assert merged.tolist() == [[[255, -1, 3, 0]]]
 
 
 # refusals
