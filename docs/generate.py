@@ -120,6 +120,12 @@ BIBLIOGRAPHY = {
         "ICIP 2021",
         arxiv("2101.11253"),
     ),
+    "Fan 2020": Paper(
+        "Junsong Fan, Zhaoxiang Zhang, Chunfeng Song, Tieniu Tan",
+        "Learning Integral Objects with Intra-Class Discriminator for Weakly-Supervised Semantic Segmentation",
+        "CVPR 2020",
+        "https://github.com/js-fan/ICD",
+    ),
     "Kraehenbuehl 2011": Paper(
         "Philipp Krähenbühl, Vladlen Koltun",
         "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials",

@@ -240,6 +240,24 @@ def puzzle_picture() -> viz.Pixels:
     return viz.grid(rows, titles=titles, names=names, heat="raw CAM, / the row's maximum")
 
 
+def direction_picture() -> viz.Pixels:
+    many, many_tags, _ = batch(scenes(80, seed=4))
+    with torch.no_grad():
+        wide = student(torch.cat([images, many]))
+    norm = torch.nn.BatchNorm2d(wide.features.shape[1], affine=False)
+    features, own = norm(wide.features), pixelss.normalize_cam(wide.cam)
+    direction = pixelss.IntraClassDirection(len(CLASSES), features.shape[1])
+    for _ in range(50):
+        direction.update(features[2:], own[2:], many_tags)
+    scores, rows, names = direction(features[:2]), [], []
+    for b, k in tags.nonzero().tolist():
+        sides = [(sign * scores[b, k]).relu() / scores[b, k].abs().max() for sign in (1, -1)]
+        rows.append([image[b], *(viz.overlay_cam(image[b], c) for c in (own[b, k], *sides))])
+        names.append(CLASSES[k])
+    titles = ["image", "CAM", "score above 0", "below 0"]
+    return viz.grid(rows, titles=titles, names=names, heat="CAM, or |score| / its maximum")
+
+
 def teacher_picture() -> viz.Pixels:
     noisy = copy.deepcopy(student)
     teacher = pixelss.EMATeacher(noisy, momentum=0.9)

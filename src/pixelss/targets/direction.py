@@ -127,8 +127,9 @@ class IntraClassDirection(nn.Module):
 
     def reset(self) -> None:
         """Forget every class."""
-        waves = torch.arange(1, self.directions.numel() + 1, device=self.directions.device).sin()  # alike everywhere
-        self.directions.copy_(normalize(waves.view_as(self.directions), dim=1))
+        own = self.directions
+        waves = torch.arange(1, own.numel() + 1, device=own.device, dtype=torch.float64).sin()  # alike everywhere
+        own.copy_(normalize(waves.view_as(own), dim=1))
         self.filled.zero_()
         self.activations.zero_()
 
