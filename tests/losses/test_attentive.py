@@ -284,6 +284,16 @@ def test_reductions_agree(batch):
     torch.testing.assert_close(mean, total / count.clamp(min=1))
 
 
+@pytest.mark.parametrize("attentive", [True, False])
+def test_student_and_teacher_may_differ_in_dtype(attentive):
+    student, teacher = pairs(make_batch())
+    for mixed in ((student.float(), teacher), (student, teacher.bfloat16())):
+        exact = [x.double() for x in mixed]
+        torch.testing.assert_close(scale_dissimilarity(*mixed), scale_dissimilarity(*exact))
+        actual = attentive_target(*mixed, attentive=attentive)
+        torch.testing.assert_close(actual, attentive_target(*exact, attentive=attentive))
+
+
 def test_no_tag_at_all_gives_a_zero_on_the_graph():
     batch = make_batch()
     students = [cam.requires_grad_() for cam in batch.student]
