@@ -9,6 +9,7 @@ from pixelss._checks import (
     check_count,
     check_counts,
     check_integer,
+    check_maps,
     check_nonnegative,
     check_number,
     check_positive,
@@ -207,3 +208,9 @@ def test_taps():
 def test_outside_of_zero_to_one_but_for_rounding():
     x = torch.tensor([-1.0, -0.02, -0.005, 0.0, 1.0, 1.005, 1.02, float("nan"), float("inf")])
     assert outside_unit(x).tolist() == [True, True, False, False, False, False, True, True, True]
+
+
+@pytest.mark.parametrize("maps", [[], (), torch.zeros(0, 2, 3, 4, 5)], ids=["list", "tuple", "tensor"])
+def test_no_map_at_all(maps):
+    with pytest.raises(ValueError, match=r"cams must .*(is empty|holds none)"):
+        check_maps("cams", maps, "BNHW", shared="BN")

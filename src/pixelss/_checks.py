@@ -117,6 +117,8 @@ def check_maps(
     """
     if getattr(maps, "ndim", None) != len(axes) + 1:
         check_sequence(name, maps, "tensors, one a scale")
+    elif len(maps) == 0:
+        raise ValueError(f"{name} must hold a tensor a scale or more, but holds none.")
     shapes = []
     for i, one in enumerate(maps):
         shape = check_tensor(f"{name}[{i}]", one, axes, kind="floating", like=like, hint=hint, **sizes)

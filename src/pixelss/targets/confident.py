@@ -12,8 +12,8 @@ def confident_mask(foreground: Tensor, background: Tensor, *, ignore_index: int 
     """Return the class where `foreground` shows one, 0 where both label maps are 0, else void.
 
     So do IRN, AFA and ToCo. PSA and RRM differ where `foreground` shows a class and `background` is 0: there the
-    background wins, `mask.where(background != 0, 0)`. Void pixels of either map are void, but a positive value in
-    `foreground` is taken for a class: let its void value be `ignore_index`, or negative.
+    background wins, `mask.where(background != 0, 0)`. Where `foreground` is void so is the result, if it holds
+    `ignore_index` or a negative value there: another one is taken for a class. Void in `background` is not background.
 
     Args:
         foreground: label map whose classes are to be trusted: of a high threshold (or a low alpha).
