@@ -1,4 +1,4 @@
-"""Your own classes and folder layout: a folder of images and a CSV of tags, `image,tags` with tags split by spaces."""
+"""Your own classes and folders: images, and a CSV `image,tags`, tags split by spaces."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from small import network, scenes
 
 
 class TaggedFolder(Dataset[tuple[Tensor, Tensor]]):
-    """Normalised images of one size and their multi-hot tags; `classes` are sorted from the CSV."""
+    """Normalised images of one size, multi-hot tags; `classes` are sorted from the CSV."""
 
     def __init__(self, root: Path, *, size: int = 80) -> None:
         with (root / "tags.csv").open(newline="") as file:
-            self.rows = [(root / row["image"], row["tags"].split()) for row in csv.DictReader(file)]
+            self.rows = [
+                (root / row["image"], row["tags"].split()) for row in csv.DictReader(file)
+            ]
         self.classes = sorted({name for _, names in self.rows for name in names})
         self.size = size
 
@@ -35,7 +37,9 @@ class TaggedFolder(Dataset[tuple[Tensor, Tensor]]):
         path, names = self.rows[index]
         image = Image.open(path).convert("RGB").resize((self.size, self.size))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-        tags = torch.tensor([float(name in names) for name in self.classes])  # no background
+        tags = torch.tensor(
+            [float(name in names) for name in self.classes]
+        )  # no background
         return (pixels - 0.45) / 0.25, tags
 
 
