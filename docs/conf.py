@@ -1,8 +1,8 @@
 """Sphinx: `python -m sphinx -W -n docs OUT`, offline; pictures are drawn and notebooks run on the way.
 
-Four things are done here that Sphinx does not do: docstrings are turned from plain text to reST, texts that live
-elsewhere in the repository are taken in with their links, every picture gets a twin for dark pages, and the search
-takes an equation for one word.
+Five things are done here that Sphinx does not do: docstrings are turned from plain text to reST, texts that live
+elsewhere in the repository are taken in with their links, names of the library become links wherever they are written
+as code, every picture gets a twin for dark pages, and an equation is one word, to the search and to line breaks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 from docutils import nodes  # noqa: E402
 from PIL import Image  # noqa: E402
 from skimage.measure import label, regionprops  # noqa: E402
-from sphinx import search  # noqa: E402
+from sphinx import addnodes, search  # noqa: E402
 from sphinx.search.en import SearchEnglish  # noqa: E402
 
 import pixelss  # noqa: E402
@@ -85,9 +85,7 @@ nitpick_ignore_regex = [
     ("py:.*", rf"(.*\.)?({_FOREIGN})"),
 ]
 
-NAMES = {name: f"pixelss.{name}" for name in pixelss.__all__}
-NAMES |= {name: f"pixelss.viz.{name}" for name in pixelss.viz.__all__}
-NAMES |= {name: f"pixelss.io.{name}" for name in ("read_cam", "read_mask", "write_mask")}
+NAMES = {name.split(".")[-1]: f"pixelss.{name}" for name in generate.public_names()}
 _SIZE = r"(?:[A-Z][a-z]?(?:_i)?|[a-z]|\*|\d+|[A-Z] [+*-] \d)"
 _SHAPE = re.compile(rf"\({_SIZE}(?:, {_SIZE})+\)|\({_SIZE},\)")
 
@@ -137,7 +135,7 @@ var splitQuery = (query) =>
 
     def split(self, input: str) -> list[str]:  # noqa: A002
         """Return the words of a text, as the function above does with a query."""
-        return super().split(re.sub(r"\bEq\. (\d+)", r"eq\1", input))
+        return super().split(re.sub(r"\bEq\.\s(\d+)", r"eq\1", input))
 
 
 search.languages["en"] = SearchEquations
@@ -184,6 +182,31 @@ def _from_docs(path: Path, target: str, anchor: str) -> str:
     return f"{generate.URL}/tree/main/{found.relative_to(ROOT)}"
 
 
+def bind_equations(app: Any, doctree: nodes.document) -> None:
+    """Keep "Eq. 5" on one line in headings, and so in the sidebar and in lists of pages."""
+    for title in doctree.findall(nodes.title):
+        for text in list(title.findall(nodes.Text)):
+            text.parent.replace(text, nodes.Text(re.sub(r"Eq\. (?=\d)", "Eq.\N{NO-BREAK SPACE}", text)))
+
+
+def link_names(app: Any, doctree: nodes.document) -> None:
+    """Make a link of every public name that a text writes as code, alone or as a call; a page links to others only."""
+    own = {node["ids"][0] for node in doctree.findall(addnodes.desc_signature) if node["ids"]}
+    for code in list(doctree.findall(nodes.literal)):
+        name = re.match(r"(?:pixelss\.)?(?:viz\.|io\.)?(\w+)(?:\(.*\))?\Z", code.astext())
+        target = NAMES.get(name[1]) if name else None
+        if (
+            target is None
+            or target in own
+            or isinstance(code.parent, (nodes.reference, nodes.title, addnodes.pending_xref))
+        ):
+            continue
+        link = addnodes.pending_xref(
+            "", code.deepcopy(), refdomain="py", reftype="obj", reftarget=target, refdoc=app.env.docname, refwarn=True
+        )
+        code.parent.replace(code, link)
+
+
 NIGHT = DOCS / "_pictures" / "night"
 
 
@@ -223,7 +246,8 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", to_rest, priority=400)
     app.connect("autodoc-process-signature", name_aliases)
     app.connect("source-read", take_in)
-    app.connect("doctree-read", twin_pictures, priority=400)  # before Sphinx collects the images
+    for change in (twin_pictures, bind_equations, link_names):
+        app.connect("doctree-read", change, priority=400)  # before Sphinx collects images and titles
     subprocess.run([sys.executable, str(DOCS / "pictures.py")], check=True)
     notebooks = DOCS / "notebooks"
     notebooks.mkdir(exist_ok=True)

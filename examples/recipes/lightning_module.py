@@ -19,13 +19,21 @@ from small import batch, network, scenes
 
 
 class WeaklySupervised(lightning.LightningModule):
-    """A CAM network with its teacher, bank and losses; all of them are in the checkpoint."""
+    """A CAM network with its teacher, bank and losses; all are in the checkpoint."""
 
-    def __init__(self, student: nn.Module, num_classes: int, *, start: int, lr: float = 0.02) -> None:
+    def __init__(
+        self, student: nn.Module, num_classes: int, *, start: int, lr: float = 0.02
+    ) -> None:
         super().__init__()
         self.student, self.teacher = student, pixelss.EMATeacher(student)
-        self.region, self.bank = pixelss.ClassRegionMask(), pixelss.PrototypeBank(num_classes)
-        self.rcl, self.mal = pixelss.RegionalContrastiveLoss(), pixelss.MultiScaleAttentiveLoss()
+        self.region, self.bank = (
+            pixelss.ClassRegionMask(),
+            pixelss.PrototypeBank(num_classes),
+        )
+        self.rcl, self.mal = (
+            pixelss.RegionalContrastiveLoss(),
+            pixelss.MultiScaleAttentiveLoss(),
+        )
         self.sweep = pixelss.ThresholdSweep(num_classes)
         self.start, self.lr = start, lr
 
@@ -37,14 +45,21 @@ class WeaklySupervised(lightning.LightningModule):
             teacher_out = pixelss.multi_scale_forward(self.teacher, images)
             mask = self.region(pixelss.msinf_cam([o.cam for o in teacher_out], tags), tags)
             self.bank.update(teacher_out[1].features, mask)
-            loss = loss + self.rcl(student_out[1].features, mask, self.bank.prototypes, self.bank.filled)
-            cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
+            loss = loss + self.rcl(
+                student_out[1].features, mask, self.bank.prototypes, self.bank.filled
+            )
+            cams = [
+                [pixelss.normalize_cam(o.cam) for o in out]
+                for out in (student_out, teacher_out)
+            ]
             loss = loss + self.mal(*cams, tags)
         return loss
 
     def on_train_batch_end(self, *_: Any) -> None:
-        # Before the start the teacher is the student: it then begins from the converged baseline.
-        self.teacher.update(self.student, momentum=None if self.global_step > self.start else 0)
+        # Until then the teacher is the student: it begins from the converged baseline.
+        self.teacher.update(
+            self.student, momentum=None if self.global_step > self.start else 0
+        )
 
     def validation_step(self, data: tuple[Tensor, Tensor, Tensor], _: int) -> None:
         images, tags, masks = data
@@ -67,7 +82,10 @@ def main() -> None:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", **quiet)
     trainer.fit(model, loader, loader)
-    print(f"mIoU {trainer.callback_metrics['miou']:.3f}, classes in the bank: {int(model.bank.filled.sum())}")
+    print(
+        f"mIoU {trainer.callback_metrics['miou']:.3f},",
+        f"classes in the bank: {int(model.bank.filled.sum())}",
+    )
 
 
 if __name__ == "__main__":

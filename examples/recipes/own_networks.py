@@ -1,4 +1,4 @@
-"""Your own CAM network, and a segmentation network of your own trained on the pseudo-labels it gives."""
+"""Your own CAM network, and a segmentation network of your own trained on its masks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from small import batch, scenes, trained
 
 
 class MyCAMNetwork(nn.Module):
-    """Any network will do that returns a CAMOutput: (B, D, h, w), (B, N, h, w) and (B, N)."""
+    """Any network that returns a CAMOutput: (B, D, h, w), (B, N, h, w) and (B, N)."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -31,25 +31,26 @@ class MyCAMNetwork(nn.Module):
 
 
 @torch.no_grad()
-def pseudo_labels(model: nn.Module, images: Tensor, levels: Tensor, tags: Tensor) -> Tensor:
-    """Return masks (B, H, W): CAM, dense CRF, 255 where neither the background nor a class is sure."""
+def masks_of(model: nn.Module, images: Tensor, levels: Tensor, tags: Tensor) -> Tensor:
+    """Return masks (B, H, W): CAMs of present classes, CRF, 255 where neither is sure."""
     outputs = pixelss.multi_scale_forward(model, images)
     cam = pixelss.msinf_cam([o.cam for o in outputs], tags)
-    probs = torch.cat([pixelss.background_score(cam, alpha=2), cam], dim=1)
-    refined = pixelss.dense_crf(levels, probs, bilateral=(20.0, 13.0, 10.0))
-    confidence, mask = refined.max(dim=1)
-    return mask.where(confidence > 0.6, 255)
+    crf = pixelss.DenseCRF(gaussian=(3, 3), bilateral=(20, 13, 10))  # of images this small
+    return pixelss.pseudo_labels(levels, cam, tags, void=(0.3, 0.5), refine=crf)
 
 
 def main(steps: int = 12) -> None:
     pool = scenes(8, seed=0)
     images, tags, truth = batch(pool)
-    levels = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in pool])  # uint8
+    levels = torch.stack(
+        [torch.from_numpy(scene.image).permute(2, 0, 1) for scene in pool]
+    )  # uint8
     print("CAM of a network of your own:", tuple(MyCAMNetwork(4)(images).cam.shape))
-    target = pseudo_labels(trained(), images, levels, tags)
+    target = masks_of(trained(), images, levels, tags)
 
     # Any segmentation network with K = N + 1 outputs; the background is class 0.
-    net = nn.Sequential(pixelss.timm_backbone("resnet10t", output_stride=8), nn.Conv2d(512, 5, 1))
+    backbone = pixelss.timm_backbone("resnet10t", output_stride=8)
+    net = nn.Sequential(backbone, nn.Conv2d(512, 5, 1))
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     for _ in range(steps):
         logits = interpolate(net(images), size=target.shape[1:], mode="bilinear")
@@ -58,10 +59,13 @@ def main(steps: int = 12) -> None:
         loss.backward()
         optimizer.step()
 
-    for name, mask in (("pseudo-labels", target.where(target != 255, 0)), ("network", logits.argmax(1))):
+    for name, mask in (
+        ("pseudo-labels", target.where(target != 255, 0)),
+        ("network", logits.argmax(1)),
+    ):
         metric = pixelss.ConfusionMatrix(num_classes=5)
         metric.update(mask, truth)
-        print(f"{name} on the images it was trained on: mIoU {100 * metric.compute().miou:.1f}")
+        print(f"{name} on the trained images: mIoU {100 * metric.compute().miou:.1f}")
 
 
 if __name__ == "__main__":

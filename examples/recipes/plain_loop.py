@@ -1,4 +1,4 @@
-"""The blocks in a plain training loop: classification alone at first, then with the teacher's lessons."""
+"""The blocks in a plain loop: classification alone at first, then the teacher's lessons."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from small import batch, network, scenes
 
 
 def main(steps: int = 6, start: int = 3) -> nn.Module:
-    # Yours: network, data, optimiser. `start` is where the baseline has converged; 3 is for show.
+    # Yours: network, data, optimiser. `start`: where the baseline has converged.
     student, pool = network(num_classes=4), scenes(16, seed=0)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.02, weight_decay=5e-4)
 
@@ -36,7 +36,10 @@ def main(steps: int = 6, start: int = 3) -> nn.Module:
             mask = region(pixelss.msinf_cam([o.cam for o in teacher_out], tags), tags)
             bank.update(teacher_out[1].features, mask)
             loss = loss + rcl(student_out[1].features, mask, bank.prototypes, bank.filled)
-            cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
+            cams = [
+                [pixelss.normalize_cam(o.cam) for o in out]
+                for out in (student_out, teacher_out)
+            ]
             loss = loss + mal(*cams, tags)
         optimizer.zero_grad()
         loss.backward()

@@ -1,4 +1,4 @@
-"""Super-pixels of scikit-image vote on blunt pseudo-labels."""
+"""Super-pixels vote on blunt pseudo-labels (python -m pip install scikit-image)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from skimage.segmentation import slic
 
 import pixelss
 
@@ -15,18 +16,16 @@ from small import batch, scenes
 
 
 def main() -> None:
-    try:
-        from skimage.segmentation import slic
-    except ImportError:
-        print("skipped: scikit-image is missing (pip install scikit-image)")
-        return
-    # Yours: images, and pseudo-labels; these are the truth at every eighth pixel, as blunt as a CAM.
+    # Yours: images, and pseudo-labels; these are the truth at every eighth pixel.
     pool = scenes(8, seed=0)
     truth = batch(pool)[2]
     blunt = truth[:, 4::8, 4::8].repeat_interleave(8, 1).repeat_interleave(8, 2)
 
-    # SLIC counts from 1: 0 is no segment. Where compactness is low, segments swallow objects here: look at them.
-    found = [slic(scene.image, n_segments=150, compactness=30, start_label=1) for scene in pool]
+    # SLIC counts from 1: 0 is no segment. Where compactness is low, segments swallow
+    # objects here: look at them.
+    found = [
+        slic(scene.image, n_segments=150, compactness=30, start_label=1) for scene in pool
+    ]
     voted = pixelss.vote_segments(blunt, torch.from_numpy(np.stack(found)), num_classes=4)
 
     for name, mask in (("pseudo-labels", blunt), ("after the vote", voted)):

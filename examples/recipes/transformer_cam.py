@@ -1,4 +1,4 @@
-"""A classifier of timm's transformers, its CAM, refined by its own attention, and a mask."""
+"""A transformer of timm, its CAM, refined by its own attention, and a mask."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from small import batch, scenes
 def main() -> None:
     torch.manual_seed(0)
     # Yours: a trained classifier of pooled patch tokens, images and tags.
-    model: Any = timm.create_model("vit_tiny_patch16_224", img_size=96, num_classes=4, global_pool="avg").eval()
+    model: Any = timm.create_model(
+        "vit_tiny_patch16_224", img_size=96, num_classes=4, global_pool="avg"
+    ).eval()
     images, tags, _ = batch(scenes(2, seed=0))
 
     with pixelss.vit_attention(model) as attention:
@@ -28,11 +30,16 @@ def main() -> None:
     skip, grid = model.num_prefix_tokens, model.patch_embed.grid_size
     cam = model.head(model.fc_norm(tokens[:, skip:])).mT.unflatten(2, grid)  # (B, N, h, w)
     cam = pixelss.normalize_cam(cam) * tags[:, :, None, None]
-    affinity = pixelss.sinkhorn_affinity(pixelss.attention_affinity(attention, skip=skip, layers=8))
+    affinity = pixelss.sinkhorn_affinity(
+        pixelss.attention_affinity(attention, skip=skip, layers=8)
+    )
     refined = pixelss.refine_by_affinity(cam, affinity, inside=pixelss.cam_boxes(cam))
-    refined = pixelss.normalize_cam(interpolate(refined, size=images.shape[2:], mode="bilinear"))
+    refined = pixelss.normalize_cam(
+        interpolate(refined, size=images.shape[2:], mode="bilinear")
+    )
     mask = pixelss.class_region_mask(refined, tags, threshold=0.4)
-    print(f"CAM {tuple(cam.shape)}, affinity {tuple(affinity.shape)}, mask {tuple(mask.shape)}")
+    shapes = {"CAM": cam.shape, "affinity": affinity.shape, "mask": mask.shape}
+    print(", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items()))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,11 @@ def main() -> None:
     backbone: Any = pixelss.timm_backbone("vit_tiny_patch16_224", output_stride=16)
     model = nn.Sequential(backbone, pixelss.CAMHead(backbone.out_channels, num_classes=20))
 
-    # Layer norms have no statistics: nothing to freeze. AdamW and a small rate for the backbone are usual.
-    groups = [{"params": backbone.parameters(), "lr": 1e-5}, {"params": model[1].parameters(), "lr": 1e-4}]
+    # Layer norms have no statistics: nothing to freeze. AdamW and a small rate are usual.
+    groups = [
+        {"params": backbone.parameters(), "lr": 1e-5},
+        {"params": model[1].parameters(), "lr": 1e-4},
+    ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
 
     images, tags = torch.rand(2, 3, 96, 128), torch.eye(20)[[14, 7]]
@@ -27,7 +30,7 @@ def main() -> None:
     loss.backward()
     optimizer.step()
     cam = pixelss.msinf_cam([o.cam for o in outputs], tags)
-    print(f"{backbone.out_channels} channels at stride {backbone.stride}; CAM {tuple(cam.shape)}")
+    print(f"{backbone.out_channels} channels, CAM {tuple(cam.shape)}")
 
 
 if __name__ == "__main__":
