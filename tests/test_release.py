@@ -1,4 +1,4 @@
-"""What a release rests on: the pins that CI tries, the version in two places, the addresses in one form."""
+"""What a release rests on: the pins that CI tries, and the version in two places."""
 
 import re
 from pathlib import Path

@@ -468,6 +468,7 @@ def test_half_precision_gives_logits_in_float32() -> None:
     assert classifier_cam(net.model.bfloat16())
 
 
+@pytest.mark.processes
 def test_importing_does_not_import_timm() -> None:
     code = "import sys, pixelss.cam.classifier; print('timm' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -20,8 +20,10 @@ SIGNATURES = {
 }
 
 NARROW = (4.0, 60.0)  # at which pixels of a few cells and of noise still differ
-COUNTS = dict.fromkeys(("compile", "no wait"), "the lattice counts cells: their number decides a shape")
-COUNTS["checks"] = "its entry makes the arguments of other tensors"
+COUNTS = {
+    "no wait": "the lattice counts cells: their number decides a shape",
+    "checks": "its entry makes the arguments of other tensors",
+}
 
 
 def arguments(b: Batch, *, known: bool) -> dict:

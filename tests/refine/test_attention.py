@@ -67,8 +67,10 @@ BLOCKS = {
     "cam_boxes": Block(
         lambda b: cam_boxes(b.cam).long(),
         lambda b: boxes_by_flood(b.cam).long(),
-        but=dict.fromkeys(("compile", "no wait"), "the number of blobs decides how often a loop runs")
-        | {"checks": "it looks at values, which a tensor without any refuses in torch's words"},
+        but={
+            "no wait": "the number of blobs decides how often a loop runs",
+            "checks": "it looks at values, which a tensor without any refuses in torch's words",
+        },
     ),
 }
 

@@ -61,7 +61,7 @@ BLOCKS = {
     "vote_segments index map": Block(
         lambda b: vote_segments(b.mask, index_map(b), b.classes, share=0.3, cover=0.6),
         lambda b: vote_by_loops(b.mask, index_map(b), b.classes, share=0.3, cover=0.6),
-        but=dict.fromkeys(("compile", "no wait"), "counts the segments of an index map"),
+        but={"no wait": "counts the segments of an index map"},
     ),
 }
 

@@ -130,6 +130,7 @@ def shard(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_two_processes_agree_on_the_width() -> None:
     single = PrototypeBank(3, None)
     single.update(*batch(images=3))
