@@ -36,7 +36,8 @@ from tqdm import tqdm
 import pixelss
 
 sys.path.insert(0, str(Path(__file__).parent / "voc"))
-from data import VOCFolder, read_list, read_names
+from data import VOCFolder
+from texts import read_list, read_names
 
 ROWS = ("baseline", "control", "+RCM", "+MAM", "+RCM+MAM")
 SCORE_SCALES = (0.5, 1.0, 1.5, 2.0)

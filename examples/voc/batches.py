@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from config import Augment, Config
-from data import VOID, BadFileError, VOCFolder
+from data import VOID, BadFileError, DataFolder
 from networks import to_tensor
 from numpy.typing import NDArray
 from parallel import share, world_size
@@ -121,7 +121,7 @@ class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
 
     def __init__(
         self,
-        data: VOCFolder,
+        data: DataFolder,
         stems: Sequence[str],
         config: Config,
         augment: Augment,

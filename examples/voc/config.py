@@ -30,6 +30,10 @@ class Data:
         score: list whose masks score the CAMs and pseudo-labels; null: no masks, no scores.
         val: list whose masks score the segmentation; null as above.
         test: list without masks, exported for the test server; null skips the export.
+        tags: null: the folder is in the VOC layout. A table with the columns image and tags, or the word folders (an
+            image's tag is its folder's name): `--tags`. The lists are then all, and masks: those with a mask.
+        masks: folder of the masks STEM.png, for images with `tags`: `--masks`.
+        longest: side in pixels that images with `tags` are shrunk to; null: none are.
         on_bad_file: stop at an unreadable image, mask or annotation, or skip it with a warning.
     """
 
@@ -38,6 +42,9 @@ class Data:
     score: str | None = "train"
     val: str | None = "val"
     test: str | None = "test"
+    tags: str | None = None
+    masks: Path | None = None
+    longest: int | None = None
     on_bad_file: Literal["stop", "skip"] = "stop"
 
 

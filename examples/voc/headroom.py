@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 from batches import Samples
-from data import VOCFolder
+from data import open_data
 from inference import autocast
 from networks import build_cam
 from parallel import process_group, rank, share
@@ -119,7 +119,7 @@ def main() -> None:
     config = load_config(options.config or [HERE / "paper.yaml"], settings)
     with process_group(config.device if torch.cuda.is_available() else "cpu") as device:
         check(config, Path(options.data), ["score_cam"])
-        run = Run(config, VOCFolder(Path(options.data), config.data.classes), Path(), device)
+        run = Run(config, open_data(Path(options.data), config.data), Path(), device)
         found = headroom(run)
         if rank() == 0:
             print(as_markdown(found, config.cam.threshold), end="\n\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import evaluate
+import export_labels
 import export_test
 import infer_cam
 import infer_seg
@@ -19,6 +20,7 @@ _ORDER = (
     score_cam.STAGE,
     train_affinity.STAGE,
     make_labels.STAGE,
+    export_labels.STAGE,
     train_seg.STAGE,
     infer_seg.STAGE,
     evaluate.STAGE,
@@ -26,3 +28,4 @@ _ORDER = (
 )
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _ORDER}
 FIRST = _ORDER[0].name
+LAST_OF_LABELS = export_labels.STAGE.name  # what comes after it learns from the labels

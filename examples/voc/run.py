@@ -1,6 +1,7 @@
-"""Run the pipeline, or some of its stages, on a folder in the VOC layout.
+"""Run the pipeline, or some of its stages, on a folder in the VOC layout or on photographs with tags.
 
     python run.py --data VOC2012 --out runs/paper --network.weights resnet38.params
+    python run.py --data photographs --tags tags.csv --out runs/own
     python run.py --data demo --out runs/demo                 # generated images, CPU, a few minutes
     torchrun --nproc-per-node 4 run.py --data VOC2012 --out runs/paper --network.weights resnet38.params
 
@@ -21,10 +22,10 @@ from pathlib import Path
 import jsonargparse
 import torch
 from config import Config
-from data import VOCFolder
+from data import BadFileError, open_data
 from parallel import barrier, process_group, rank
-from pipeline import STAGES
-from plan import missing, print_plan
+from pipeline import LAST_OF_LABELS, STAGES
+from plan import missing, print_plan, tell
 from runfolder import UserError, log_stage, open_run, print_results
 from stages import Run
 from storage import remove_checkpoints
@@ -92,7 +93,11 @@ def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False
     )
     add_options(parser)
-    parser.add_argument("--stages", default="all", help="all, names with commas, or from:NAME")
+    parser.add_argument("--tags", help="table of tags (columns image, tags), or folders: a class each; lists are set")
+    parser.add_argument("--masks", help="with --tags, a folder of masks to score with")
+    parser.add_argument(
+        "--stages", help="all (the default; with --tags to export_labels), names with commas, from:NAME"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print plan, estimated cost and what is missing")
     options, settings = parser.parse_known_args(arguments)
     if {"-h", "--help"} & set(settings):
@@ -101,15 +106,31 @@ def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
         raise SystemExit
     if not (options.data and options.out):
         raise UserError("--data and --out are needed: see --help.")
-    wanted = options.stages.removeprefix("from:").split(",") if options.stages != "all" else list(STAGES)
+    names = list(STAGES)
+    if options.stages is None:
+        options.stages = ",".join(names[: names.index(LAST_OF_LABELS) + 1] if options.tags else names)
+    wanted = options.stages.removeprefix("from:").split(",") if options.stages != "all" else names
     if unknown := [name for name in wanted if name not in STAGES]:
         raise UserError(f"--stages must be all, from:NAME or names of {', '.join(STAGES)}, but has {unknown}.")
     if options.stages.startswith("from:") and len(wanted) > 1:
         raise UserError(f"--stages from:NAME takes one name, but has {wanted}.")
-    names = list(STAGES)
     chosen = names[names.index(wanted[0]) :] if options.stages.startswith("from:") else wanted
     options.stages = [name for name in names if name in chosen]
-    return options, load_config(options.config or default_config(options.data), settings)
+    files = options.config or default_config("own" if options.tags else options.data)
+    return options, load_config(files, [*_tagged(options), *settings])
+
+
+def _tagged(options: argparse.Namespace) -> list[str]:
+    """Return the settings that --tags and --masks stand for."""
+    if not options.tags:
+        if options.masks:
+            raise UserError("--masks is for images with --tags.")
+        return []
+    if options.out.resolve().is_relative_to(Path(options.data).resolve()):
+        raise UserError(f"--out must lie outside of --data, whose images are searched for, but is {options.out}.")
+    lists = {"train": "all", "score": "masks" if options.masks else "null", "val": "null", "test": "null"}
+    values = {"tags": options.tags, **({"masks": options.masks} if options.masks else {}), **lists}
+    return [f"--data.{name}={value}" for name, value in values.items()]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +142,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def default_config(data: str) -> list[Path]:
-    return [HERE / ("demo.yaml" if data == "demo" else "paper.yaml")]
+    return [HERE / (f"{data}.yaml" if data in ("demo", "own") else "paper.yaml")]
 
 
 def main() -> None:
@@ -134,6 +155,7 @@ def main() -> None:
             faults = []
             check(config, root, options.stages)
             run = open_run(config, root, options.out, device)
+            tell(config, run.data, [name for name in options.stages if not run.finished(name)])
             execute(run, options.stages)
             if rank() == 0:
                 print_results(run, list(STAGES))
@@ -150,9 +172,14 @@ def check(config: Config, root: Path, stages: Sequence[str]) -> None:
 def dry_run(options: argparse.Namespace, config: Config, root: Path) -> list[str]:
     """Print the plan and what is missing, which it returns. Nothing is written, the demo's images aside."""
     faults = missing(config, root, options.stages)
+    data = None if faults else open_data(root, config.data)
     if rank() == 0:
         finished = [name for name in options.stages if (options.out / name / "done.json").is_file()]
-        print_plan(config, None if faults else VOCFolder(root, config.data.classes), options.stages, finished)
+        print_plan(config, data, options.stages, finished)
+        try:
+            tell(config, data, [name for name in options.stages if name not in finished])
+        except BadFileError as error:
+            faults.append(str(error))
         print("\n".join(["Missing:", *(f"- {fault}" for fault in faults)] if faults else ["Nothing is missing."]))
     return faults
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import timm
 import torch
 import yaml
 from config import Config, decisive
-from data import VOCFolder
+from data import DataFolder, open_data
 from parallel import barrier, rank, world_size
 from pipeline import FIRST, STAGES
 from stages import Run
@@ -38,10 +40,17 @@ def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     settings = json.loads(json.dumps(asdict(config), default=str))  # tuples as lists, paths as strings
     environment = _environment(root, device)
+    data = open_data(root, config.data)
+    inputs = _inputs(config, data)
+    record = out / "inputs.json"
+    kept = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     if (out / "config.yaml").is_file():
-        before = decisive(yaml.safe_load((out / "config.yaml").read_text()))
+        before = decisive(yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")))
         after = decisive(settings) | {"--data": environment["data"]}
-        before["--data"] = json.loads((out / "environment.json").read_text())["data"]
+        before["--data"] = json.loads((out / "environment.json").read_text(encoding="utf-8"))["data"]
+        both = kept.keys() & inputs.keys()  # what is absent now can have changed nothing
+        before |= {name: kept[name] for name in both}
+        after |= {name: inputs[name] for name in both}
         changed = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
         begun = {name: _begun_with(out, name) for name in changed}
         if refused := [name for name in changed if begun[name]]:
@@ -56,8 +65,36 @@ def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run
         remove_unfinished(out, below=False)  # of a killed process; a stage clears its own folder
         write_atomic(out / "environment.json", json.dumps(environment, indent=1) + "\n")
         write_atomic(out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        write_atomic(record, json.dumps(kept | inputs, indent=1) + "\n")
     barrier()
-    return Run(config, VOCFolder(root, config.data.classes), out, device)
+    return Run(config, data, out, device)
+
+
+def _inputs(config: Config, data: DataFolder) -> dict[str, str]:
+    """Return what decides results and stands in files of the user's, under names as settings have; if it is there."""
+    found = {}
+    with suppress(OSError, ValueError):
+        found["data.classes.names"] = ", ".join(data.classes)
+    lists = {field: getattr(config.data, field) for field in ("train", "score", "val", "test")}
+    for field, name in [(field, name) for field, name in lists.items() if name is not None]:
+        with suppress(OSError, ValueError):
+            stems = data.stems(name)
+            sizes = [(path := data.image_path(stem)).is_file() and path.stat().st_size for stem in stems]
+            found[f"data.{field}.images"] = f"{len(stems)} of the list {name}, {_digest([stems, sizes])}"
+            if field in ("train", "score"):
+                rows = [data.tags(stem).nonzero().flatten().tolist() for stem in stems]
+                tags = [sorted(data.classes[k] for k in row) for row in rows]
+                found[f"data.{field}.tags"] = f"of the list {name}, {_digest(tags)}"
+    start = config.cam.start_from and config.cam.start_from / "model.pt"
+    for setting, file in (("network.weights", config.network.weights), ("cam.start_from", start)):
+        if file and file.is_file():
+            found[f"{setting}.content"] = _digest(file)
+    return found
+
+
+def _digest(content: object) -> str:
+    text = content.read_bytes() if isinstance(content, Path) else json.dumps(content).encode()
+    return f"digest {hashlib.sha256(text).hexdigest()[:16]}"
 
 
 def _begun_with(out: Path, name: str) -> list[str]:
@@ -92,13 +129,13 @@ def log_stage(out: Path, stage: str, seconds: float) -> None:
     """Add a line to stages.jsonl, written as a whole: half a line would break every later start."""
     log = out / "stages.jsonl"
     line = json.dumps({"stage": stage, "seconds": round(seconds, 1), "processes": world_size()}) + "\n"
-    write_atomic(log, (log.read_text() if log.is_file() else "") + line)
+    write_atomic(log, (log.read_text(encoding="utf-8") if log.is_file() else "") + line)
 
 
 def print_results(run: Run, stages: Sequence[str]) -> None:
     """Print every finished stage with the seconds of its last start and its results, in 80 columns."""
     log = run.out / "stages.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
     seconds = {line["stage"]: line["seconds"] for line in lines}
     print(f"{'stage':15}{'seconds':>8}  results (scores in %)")
     for stage in filter(run.finished, stages):

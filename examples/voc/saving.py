@@ -90,7 +90,9 @@ class Log:
             return
         remove_unfinished(folder)
         if self.path.is_file():
-            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            whole = [
+                line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")
+            ]
             write_atomic(self.path, "".join(line for line in whole if json.loads(line)["step"] <= done))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # an extra that only this setting needs

@@ -102,7 +102,7 @@ STAGE = Stage(
     needs=("train_cam",),
     uses=("infer_cam",),
     reads=lambda config: [(config.data.score, {**IMAGES, **TAGS, **MASKS})],
-    settings=("infer_cam",),
+    settings=("infer_cam", "data.masks"),
     pixels=lambda plan: (
         0
         if "infer_cam" in plan.stages

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from config import Config
-from data import VOCFolder
+from data import DataFolder
 from parallel import barrier, rank
 from storage import remove_unfinished, write_atomic
 
-Files = Mapping[str, Sequence[str]]  # what an image needs -> the places where that may lie
-IMAGES: Files = {"images": ["JPEGImages/{}.jpg"]}
-TAGS: Files = {"annotations": ["Annotations/{}.xml"]}
-MASKS: Files = {"masks": ["SegmentationClass/{}.png", "SegmentationClassAug/{}.png"]}
+# What an image needs -> the places where that may lie, of a data set and an image's name.
+Files = Mapping[str, Callable[[DataFolder, str], Sequence[Path]]]
+IMAGES: Files = {"images": lambda data, stem: [data.image_path(stem)]}
+TAGS: Files = {"annotations": lambda data, stem: [data.tags_path(stem)]}
+MASKS: Files = {"masks": lambda data, stem: data.mask_paths(stem)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Plan:
     """What a run would do: its settings, its data and the names of the stages that are asked for."""
 
     config: Config
-    data: VOCFolder
+    data: DataFolder
     stages: Sequence[str]
 
     def images(self, *lists: str | None) -> int:
@@ -71,7 +72,7 @@ class Run:
     """
 
     config: Config
-    data: VOCFolder
+    data: DataFolder
     out: Path
     device: torch.device
 
@@ -83,7 +84,7 @@ class Run:
 
     def results(self, stage: str) -> dict[str, Any]:
         """Return what a finished stage reported."""
-        return dict(json.loads((self.folder(stage) / "done.json").read_text()))
+        return dict(json.loads((self.folder(stage) / "done.json").read_text(encoding="utf-8")))
 
     def finish(self, stage: str, **results: object) -> None:
         """Mark a stage as done, after every process has reached this line."""

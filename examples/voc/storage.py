@@ -7,19 +7,20 @@ import io
 import os
 import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from data import BadFileError
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
+from texts import BadFileError, named
 from torch import Tensor
 
 from pixelss.viz import voc_palette
 
-_AGAIN = "remove it and infer_cam/done.json, then run infer_cam again."
+_AGAIN = "remove it and infer_cam/done.json, then run infer_cam again"
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -36,18 +37,19 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise OSError(error.errno, f"could not write {path} ({error.strerror}); nothing was changed there") from error
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+    with suppress(OSError):  # Windows opens no folder, and some file systems sync none: the rename is done anyway
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
 
 
 def append_line(path: Path, line: str) -> None:
     """Add a line to a log; a reader may see a part of the last one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     except OSError as error:
         raise OSError(error.errno, f"could not write {path} ({error.strerror})") from error
@@ -114,17 +116,14 @@ def save_cam(path: Path, cam: Tensor, tags: Tensor) -> None:
 
 def load_cam(path: Path, num_classes: int) -> Tensor:
     """Return the CAMs (N, H, W) of `save_cam`, zero for absent classes."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            notes = image.text  # type: ignore[attr-defined]
-            classes = [int(word) for word in notes["classes"].split()]
-            H, W = (int(word) for word in notes["size"].split())
-            pixels = torch.from_numpy(np.array(image))
-    except (OSError, KeyError, ValueError, SyntaxError) as error:
-        raise BadFileError(f"{path} is no CAM file of infer_cam ({error}): {_AGAIN}") from error
+    with named(path, f"is no CAM file of infer_cam: {_AGAIN}"), Image.open(path) as image:
+        image.load()
+        notes = image.text  # type: ignore[attr-defined]
+        classes = [int(word) for word in notes["classes"].split()]
+        H, W = (int(word) for word in notes["size"].split())
+        pixels = torch.from_numpy(np.array(image))
     if pixels.shape != (max(len(classes) * H, 1), W) or max(classes, default=0) >= num_classes:
-        raise BadFileError(f"{path} must hold {len(classes)} maps {H} x {W} of {num_classes} classes: {_AGAIN}")
+        raise BadFileError(f"{path} must hold {len(classes)} maps {H} x {W} of {num_classes} classes: {_AGAIN}.")
     cam = torch.zeros(num_classes, H, W)
     if classes:
         cam[classes] = pixels.view(len(classes), H, W).float() / 255

@@ -52,7 +52,7 @@ def test_dry_run_names_everything_missing(tmp_path: Path, shapes: Path, call: Ca
     (shapes / "Annotations" / "train_0002.xml").rename(tmp_path / "kept.xml")
     message = call(main, *base, ok=False)
     (tmp_path / "kept.xml").rename(shapes / "Annotations" / "train_0002.xml")
-    assert "1 of 6 annotations of train.txt are missing" in message
+    assert "1 of 6 annotations of the list train are missing" in message
     assert "train_0002.xml" in message
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from tests.voc.runs import VOC, VOC_MINI, Call, command, config, new_run, unfini
 
 def test_all_stages_give_every_result(finished: tuple[Path, str], shapes: Path) -> None:
     out, printed = finished
-    table = printed.splitlines()
+    said, _, results = printed.partition("\nstage ")
+    assert said.startswith("Training list train: 6 images; 4 classes: beetle ")
+    table = ["stage " + results.splitlines()[0], *results.splitlines()[1:]]
     assert [line.split()[0] for line in table if line[0] != " "][1:] == list(STAGES)
     assert max(map(len, table)) <= 80
     assert all((out / stage / "done.json").is_file() for stage in STAGES)
@@ -54,7 +57,7 @@ def test_restart_skips_finished_stages(finished: tuple[Path, str], shapes: Path,
     (out / ".stages.jsonl.1.tmp").touch()  # of a process that was killed
     again = call(main, "--data", shapes, "--out", out, "--config", VOC / "demo.yaml", "--config", tiny)
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/*") if path.is_file()} == dates
-    assert again == printed
+    assert again == "stage " + printed.partition("\nstage ")[2]
     assert not unfinished(out)
 
 
@@ -111,6 +114,67 @@ def test_settings_of_stages_that_have_not_begun_may_change(shapes: Path, tmp_pat
     (made.folder("train_affinity") / "labels" / "low" / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"or remove train_affinity in it:\n  affinity\.schedule\.batch: 2 -> "):
         reopen()
+
+
+def tags_of_another_image(root: Path) -> None:
+    shutil.copy(root / "Annotations/train_0000.xml", root / "Annotations/train_0002.xml")
+
+
+def another_image(root: Path) -> None:
+    Image.new("RGB", (40, 40)).save(root / "JPEGImages/train_0001.jpg")
+
+
+def a_shorter_list(name: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        path = root / f"ImageSets/Segmentation/{name}.txt"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+    return change
+
+
+def another_order(root: Path) -> None:
+    (root / "classes.txt").write_text("\n".join(reversed((root / "classes.txt").read_text().split())))
+
+
+@pytest.mark.parametrize(
+    ("change", "remove", "name"),
+    [
+        (another_order, "remove it:", "data.classes.names: beetle, fish, snail, worm -> worm, snail, fish, beetle"),
+        (tags_of_another_image, "remove it:", "data.train.tags: of the list train, digest "),
+        (another_image, "remove it:", "data.train.images: 6 of the list train, digest "),
+        (a_shorter_list("train"), "remove it:", "data.train.images: 6 of the list train, digest "),
+        (a_shorter_list("val"), "remove infer_seg in it:", "data.val.images: 3 of the list val, digest "),
+    ],
+)
+def test_files_that_change_between_stages_are_refused_and_named(
+    shapes: Path, tmp_path: Path, change: Callable[[Path], None], remove: str, name: str
+) -> None:
+    root = Path(shutil.copytree(shapes, tmp_path / "set"))
+    made = open_run(config(), root, tmp_path / "out", torch.device("cpu"))
+    open_run(config(), root, tmp_path / "out", torch.device("cpu"))
+    for stage in ("train_cam", "infer_seg"):
+        made.folder(stage).mkdir()
+        (made.folder(stage) / "done.json").write_text("{}")
+    change(root)
+    with pytest.raises(UserError, match=f"or {remove}\n(.*\n)*  {name}"):
+        open_run(config(), root, tmp_path / "out", torch.device("cpu"))
+    for stage in ("train_cam", "infer_seg"):
+        shutil.rmtree(made.folder(stage))
+    open_run(config(), root, tmp_path / "out", torch.device("cpu"))  # nothing was made of them
+
+
+def test_weight_files_that_change_are_refused_but_may_go(shapes: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"first")
+    changes: dict[str, Any] = {"network.weights": weights, "network.backbone": "resnet18"}
+    made = open_run(config(**changes), shapes, tmp_path / "out", torch.device("cpu"))
+    made.folder("train_cam").mkdir()
+    (made.folder("train_cam") / "done.json").write_text("{}")
+    weights.unlink()
+    open_run(config(**changes), shapes, tmp_path / "out", torch.device("cpu"))
+    weights.write_bytes(b"second")
+    with pytest.raises(UserError, match=r"  network\.weights\.content: digest "):
+        open_run(config(**changes), shapes, tmp_path / "out", torch.device("cpu"))
 
 
 def test_own_photographs_without_masks_go_through_all_stages(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 
 import numpy as np
 import pytest
@@ -25,6 +27,20 @@ def test_a_full_disk_leaves_the_file_that_was(tmp_path, monkeypatch):
     assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes() == b"whole"
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("refused", ["open", "fsync"])
+def test_a_folder_that_cannot_be_synced_does_no_harm(tmp_path, monkeypatch, refused):
+    real = getattr(os, refused)
+
+    def refuse(what, *args, **kwargs):  # Windows opens no folder, some mounts sync none
+        if what == tmp_path if refused == "open" else stat.S_ISDIR(os.fstat(what).st_mode):
+            raise PermissionError(13, "Permission denied", str(tmp_path))
+        return real(what, *args, **kwargs)
+
+    monkeypatch.setattr(storage.os, refused, refuse)
+    storage.write_atomic(tmp_path / "done.json", "{}")
+    assert (tmp_path / "done.json").read_text() == "{}"
 
 
 def test_checkpoints_are_kept_in_order_and_checked(tmp_path):
@@ -60,6 +76,12 @@ def test_cams_survive_a_png_in_steps_of_1_255(tmp_path, present):
     (tmp_path / "cam.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"cam\.png is no CAM file"):
         storage.load_cam(tmp_path / "cam.png", 4)
+
+
+def test_a_cam_file_may_be_larger_than_pillow_lets_an_image_be(tmp_path):
+    tags = torch.ones(254)
+    storage.save_cam(tmp_path / "cam.png", torch.zeros(254, 600, 1200), tags)  # 183 megapixels
+    assert storage.load_cam(tmp_path / "cam.png", 254).shape == (254, 600, 1200)
 
 
 def test_masks_survive_a_png(tmp_path):

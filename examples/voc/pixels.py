@@ -1,0 +1,95 @@
+"""Image files to arrays: as they are shown, not as they are stored; each error names its file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from texts import BadFileError, named
+
+VOID = 255
+_MOST_PIXELS = 178_956_970  # what Pillow refuses; here each file is named, and CAM files of many classes may be larger
+Image.MAX_IMAGE_PIXELS = None
+_ORIENTATION = 0x0112
+
+
+def read_image(path: Path, longest: int | None = None) -> NDArray[np.uint8]:
+    """Return an image (H, W, 3), uint8 RGB, upright; with `longest`, no side is longer."""
+    with _opened(path) as image:
+        H, W = _size(image, longest)
+        if longest:  # a JPEG file can be read at a half, a quarter or an eighth of its size
+            image.draft(None, (max(H, W), max(H, W)))
+        _turn_upright(image)
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+            levels = Image.fromarray((np.array(image).astype(np.uint32) * 255 // 65535).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise BadFileError(f"{path} has mode {image.mode}, of no known range: save it with 8 bits a channel.")
+        else:
+            levels = image
+        levels = levels.convert("RGB")
+        return np.array(levels if levels.size == (W, H) else levels.resize((W, H), Image.Resampling.BILINEAR))
+
+
+def read_size(path: Path, longest: int | None = None) -> tuple[int, int]:
+    """Return the (height, width) that `read_image` gives, from the file's header alone."""
+    with _opened(path) as image:
+        return _size(image, longest)
+
+
+def read_mask(path: Path, size: tuple[int, int], num_classes: int) -> NDArray[np.uint8]:
+    """Return a mask (H, W) in 0..N or 255; raises unless it has the (height, width) of its image."""
+    with _opened(path) as image:
+        _turn_upright(image)
+        if image.mode not in ("P", "L", "1"):
+            raise BadFileError(
+                f"{path} must hold class indices (an 8-bit palette or grey PNG), but has mode {image.mode}."
+            )
+        mask = np.array(image).astype(np.uint8)
+    if mask.shape != size:
+        raise BadFileError(f"{path} must have its image's size {size}, but has {mask.shape} (height, width).")
+    if wrong := sorted(set(np.unique(mask).tolist()) - {*range(num_classes + 1), VOID}):
+        raise BadFileError(f"{path} must hold 0 to {num_classes} or {VOID}, but holds {wrong}.")
+    return mask
+
+
+def resize_mask(mask: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return a mask at another (height, width), every pixel a copy of the nearest one."""
+    return np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
+
+
+def first_file(paths: Sequence[Path], *, hint: str = "") -> Path:
+    """Return the first of the paths where a mask is; raises, with the hint, where there is none."""
+    for path in paths:
+        if path.is_file():
+            return path
+    raise BadFileError(f"{' and '.join(map(str, paths))}: no such mask. {hint}".strip())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    with named(path, "cannot be read: it may be truncated, or no image; fetch it again"), Image.open(path) as image:
+        if image.width * image.height > _MOST_PIXELS:
+            raise BadFileError(
+                f"{path} has {image.width} x {image.height} pixels, more than {_MOST_PIXELS:,}: shrink it, or cut it."
+            )
+        yield image
+
+
+def _turn_upright(image: Image.Image) -> None:
+    with suppress(Exception):  # a damaged EXIF block turns nothing, and a damaged image says so when it is read
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def _size(image: Image.Image, longest: int | None) -> tuple[int, int]:
+    W, H = image.size
+    turned = 1
+    with suppress(Exception):
+        turned = image.getexif().get(_ORIENTATION, 1)
+    if turned in (5, 6, 7, 8) and image.format != "TIFF":  # Pillow turns TIFF files by itself
+        W, H = H, W
+    factor = min(1.0, longest / max(H, W)) if longest else 1.0
+    return max(1, round(H * factor)), max(1, round(W * factor))
