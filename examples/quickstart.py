@@ -14,12 +14,11 @@ import copy
 import json
 import statistics
 import sys
+import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import timm
@@ -28,7 +27,6 @@ from compare import Compared, picture
 from numpy.typing import NDArray
 from PIL import Image
 from shapes import write_shapes
-from small import network
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from tqdm import tqdm
@@ -36,7 +34,10 @@ from tqdm import tqdm
 import pixelss
 
 sys.path.insert(0, str(Path(__file__).parent / "voc"))
+from config import Network
 from data import VOCFolder
+from networks import build_backbone
+from survey import mask_lines, tag_lines
 from texts import read_list, read_names
 
 ROWS = ("baseline", "control", "+RCM", "+MAM", "+RCM+MAM")
@@ -110,24 +111,18 @@ def read_data(args: argparse.Namespace) -> Data:
     names = set().union(*(read_names(root / "Annotations" / f"{stem}.xml") for stem in {*trained, *stems}))
     folder = VOCFolder(root, None if listed else sorted(names))
     tags = {stem: folder.tags(stem) for stem in {*trained, *stems}}
+    scored = stems[: args.score_images]
+    for line in tag_lines(folder, "train_aug" if larger else "train", trained) + mask_lines(folder, "train", scored):
+        print(textwrap.fill(line, 80), file=sys.stderr)
     known = timm.get_pretrained_cfg(args.backbone) or timm.models.PretrainedCfg()
     mean, std = (np.array(values, np.float32) for values in (known.mean, known.std))
-    return Data(folder, trained, stems[: args.score_images], tags, mean, std)
+    return Data(folder, trained, scored, tags, mean, std)
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Sequential:
     """A backbone and a CAM head; with weights its norms stay as they were trained."""
-    backbone: Any
-    if args.backbone == "small":
-        return network(num_classes)
-    if args.backbone == "resnet38":
-        backbone = pixelss.resnet38(args.weights)
-        backbone = backbone.freeze_stem() if args.weights else backbone
-    else:
-        build = partial(pixelss.timm_backbone, args.backbone, output_stride=16)
-        backbone = build(pretrained=True, pretrained_cfg_overlay={"file": args.weights}) if args.weights else build()
-    if args.weights:
-        pixelss.freeze_norm(backbone)
+    stride = 8 if args.backbone in ("small", "resnet38") else 16
+    backbone = build_backbone(Network(args.backbone, args.weights, output_stride=stride))
     return nn.Sequential(backbone, pixelss.CAMHead(backbone.out_channels, num_classes))
 
 

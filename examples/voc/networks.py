@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -51,11 +52,26 @@ def build_backbone(network: Network) -> Any:
             raise ValueError("network.weights must be null for the backbone small, which nobody published weights of.")
         backbone = Backbone()
     elif network.backbone == "resnet38":
-        backbone = pixelss.resnet38(network.weights)
-        backbone = backbone.freeze_stem() if network.weights and network.frozen is None else backbone
+        backbone = pixelss.resnet38()
+        if network.weights:
+            check_report(pixelss.load_resnet38(backbone, network.weights), network.weights)
+            backbone = backbone.freeze_stem() if network.frozen is None else backbone
     else:
         backbone = pixelss.timm_backbone(network.backbone, output_stride=network.output_stride, **_pretrained(network))
     return _freeze(backbone, network)
+
+
+def check_report(report: pixelss.LoadReport, path: Path) -> None:
+    """Tell which tensors a file lacks; raises where it lacks most. `timm_backbone` does the same by itself."""
+    if not report.missing:
+        return
+    arrived, wanted = len(report.loaded), len(report.loaded) + len(report.missing)
+    lacks = (
+        f"{path} holds {arrived} of the {wanted} tensors of resnet38; {', '.join(report.missing[:3])}, ... are missing"
+    )
+    if 2 * arrived < wanted:
+        raise ValueError(f"network.weights must fit the network, but {lacks}, and it has {report.skipped[:3]} instead.")
+    warnings.warn(f"{lacks} and keep their initial values", stacklevel=3)
 
 
 def _freeze(backbone: Any, network: Network) -> Any:
@@ -95,8 +111,7 @@ def build_affinity(config: Config) -> nn.Sequential:
             features_only=True,
             out_indices=(-3, -2, -1),
             output_stride=network.output_stride,
-            **_pretrained(network),
-        )
+        )  # its weights are the CAM network's
         channels: Any = net.feature_info
         taps = Taps(_freeze(body, network), tuple(channels.channels()))
     return nn.Sequential(taps, pixelss.AffinityHead(taps.out_channels, dims=dims, radius=config.affinity.radius))

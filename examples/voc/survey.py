@@ -33,15 +33,14 @@ def survey(config: Config, data: DataFolder, reads: Sequence[tuple[str | None, F
     skips = config.data.on_bad_file == "skip"
     lines = []
     if config.data.train in tagged:
-        lines += tag_lines(data, config.data.train, skips=skips)
+        lines += tag_lines(data, config.data.train, data.stems(config.data.train), skips=skips)
     for name in masked:
-        lines += mask_lines(data, name, with_tags=name in tagged, skips=skips)
+        lines += mask_lines(data, name, data.stems(name), with_tags=name in tagged, skips=skips)
     return lines
 
 
-def tag_lines(data: DataFolder, name: str, *, skips: bool = False) -> list[str]:
+def tag_lines(data: DataFolder, name: str, stems: Sequence[str], *, skips: bool = False) -> list[str]:
     """Return how many images show each class, and which images and classes have none."""
-    stems = data.stems(name)
     tags = _readable(stems, data.tags, skips=skips)
     counts = torch.stack(list(tags.values())).sum(0).int().tolist() if tags else [0] * data.num_classes
     if not any(counts):
@@ -61,9 +60,10 @@ def tag_lines(data: DataFolder, name: str, *, skips: bool = False) -> list[str]:
     return lines
 
 
-def mask_lines(data: DataFolder, name: str, *, with_tags: bool = True, skips: bool = False) -> list[str]:
+def mask_lines(
+    data: DataFolder, name: str, stems: Sequence[str], *, with_tags: bool = True, skips: bool = False
+) -> list[str]:
     """Return what is odd about the masks of a list: objects that are all void, classes that the tags do not name."""
-    stems = data.stems(name)
 
     def values_of(stem: str) -> set[int]:
         return set(np.unique(data.mask(stem)).tolist())

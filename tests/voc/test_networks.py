@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from config import Network
-from networks import IMAGENET, build_affinity, build_cam, load_trained, normalisation
+from networks import IMAGENET, build_affinity, build_cam, check_report, load_trained, normalisation
+from quickstart import build_model
 from torch.testing import assert_close
 from training import train_mode
 
@@ -44,6 +47,71 @@ def test_given_weights_freeze_the_norms(tmp_path):
         assert all(module.training for module in network.modules() if module not in norms)
     with pytest.raises(ValueError, match=r"network\.weights must be null"):
         build_cam(tiny_config(network=Network("small", weights=tmp_path / "weights.pth")), 2)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "net.", "module.net."])
+@pytest.mark.parametrize("outer", [None, "teacher"])
+def test_weights_arrive_whatever_they_were_saved_from(tmp_path, prefix, outer):
+    import timm
+
+    path = tmp_path / "weights.pth"
+    names = timm.create_model("resnet18").state_dict()
+    weights = {prefix + name: torch.full_like(value, 0.125) for name, value in names.items()}
+    torch.save({outer: weights} if outer else weights, path)
+    for built in (build_cam(with_weights(path), 2)[0], quickstart_model(path)[0]):
+        floats = [value for value in built.state_dict().values() if value.is_floating_point()]
+        assert all((value == 0.125).all() for value in floats)
+        assert len(floats) == 100
+
+
+@pytest.mark.parametrize("kept", [0, 12, 90])
+def test_weights_that_fit_little_are_refused_and_gaps_are_told(tmp_path, kept):
+    import timm
+
+    path = tmp_path / "weights.pth"
+    names = [n for n, value in timm.create_model("resnet18").state_dict().items() if value.is_floating_point()]
+    whole = {
+        name: torch.rand_like(value)
+        for name, value in timm.create_model("resnet18").state_dict().items()
+        if name in names
+    }
+    torch.save(dict(list(whole.items())[:kept]), path)
+    for build in (lambda: build_cam(with_weights(path), 2), lambda: quickstart_model(path)):
+        if kept == 90:
+            with pytest.warns(
+                UserWarning, match=r"weights\.pth lacks 10 of the 100 tensors of resnet18: .* initial values"
+            ):
+                build()
+        else:
+            with pytest.raises(
+                ValueError, match=r"weights\.pth must hold the weights of resnet18, but holds (none|12)"
+            ):
+                build()
+
+
+def test_the_affinity_network_takes_its_weights_from_the_cam_network_alone(tmp_path):
+    """The file may be gone by then, and a loader that is not strict would say nothing."""
+    network = build_affinity(with_weights(tmp_path / "gone.pth"))
+    assert not any(p.requires_grad for name, p in network.named_parameters() if ".bn" in name)
+
+
+def test_resnet38_weights_that_fit_little_are_refused_and_gaps_are_told():
+    report = pixelss.LoadReport(tuple("abc"), ("fc.weight",), ("d",))
+    with pytest.warns(UserWarning, match=r"w\.pth holds 3 of the 4 tensors of resnet38; d, \.\.\. are missing"):
+        check_report(report, Path("w.pth"))
+    with pytest.raises(
+        ValueError, match=r"must fit the network, but w\.pth holds 1 of the 4 .*\('fc\.weight',\) instead"
+    ):
+        check_report(pixelss.LoadReport(("a",), ("fc.weight",), tuple("bcd")), Path("w.pth"))
+    check_report(pixelss.LoadReport(("a",), ("fc.weight",), ()), Path("w.pth"))
+
+
+def with_weights(path):
+    return tiny_config(network=Network("resnet18", weights=path, output_stride=16, dim=8))
+
+
+def quickstart_model(path):
+    return build_model(Namespace(backbone="resnet18", weights=path), 2)
 
 
 def test_frozen_parts_are_not_trained_and_unknown_ones_named():

@@ -28,7 +28,7 @@ def write_set(root: Path, classes: str, tags: list[str], masks: list[list[int]] 
 
 def test_images_a_class_and_what_has_none(tmp_path):
     data = write_set(tmp_path, "cat dog cow", ["cat dog", "", "cat", "", "", ""])
-    assert tag_lines(data, "train") == [
+    assert tag_lines(data, "train", data.stems("train")) == [
         "Training list train: 6 images; 3 classes: cat 2, dog 1, cow 0.",
         "4 of 6 images have no tag: they show no class. (i1, i3, i4, ...)",
         "1 of 3 classes have no image, so their CAMs learn nothing. (cow)",
@@ -37,12 +37,12 @@ def test_images_a_class_and_what_has_none(tmp_path):
 
 def test_a_list_without_any_tag_is_refused_whatever_the_reason(tmp_path):
     with pytest.raises(BadFileError, match=r"2 images of the list train have no tag at all: .*i0\.xml"):
-        tag_lines(write_set(tmp_path, "cat", ["", ""]), "train")
+        tag_lines(write_set(tmp_path, "cat", ["", ""]), "train", ["i0", "i1"])
 
 
 def test_many_classes_are_counted_in_short(tmp_path):
     data = write_set(tmp_path, " ".join(f"c{i}" for i in range(50)), ["c1", "c1 c2"])
-    first, absent = tag_lines(data, "train")
+    first, absent = tag_lines(data, "train", data.stems("train"))
     assert first.endswith("50 classes: 0 to 2 images each.")
     assert absent.startswith("48 of 50 classes have no image")
 
@@ -50,24 +50,29 @@ def test_many_classes_are_counted_in_short(tmp_path):
 def test_bad_tags_stop_or_are_counted(tmp_path):
     data = write_set(tmp_path, "cat", ["cat", "dragon"])
     with pytest.raises(BadFileError, match="dragon"):
-        tag_lines(data, "train")
-    assert "1 of 2 images have tags that cannot be read. (i1)" in tag_lines(data, "train", skips=True)
+        tag_lines(data, "train", data.stems("train"))
+    assert "1 of 2 images have tags that cannot be read. (i1)" in tag_lines(
+        data, "train", data.stems("train"), skips=True
+    )
 
 
 def test_masks_whose_objects_are_void(tmp_path):
     data = write_set(tmp_path, "thing", ["thing", "thing", "", "thing"], [[0, 255], [255, 255], [0, 0], [0, 1]])
-    (line,) = mask_lines(data, "train")
+    (line,) = mask_lines(data, "train", data.stems("train"))
     assert line.startswith("2 of 4 masks of the list train hold no pixel of a class, only 0 and 255. 255 is void")
     assert line.endswith("(i0, i1)")
-    assert "3 of 4" in mask_lines(data, "train", with_tags=False)[0]  # nothing tells that i2 shows none
+    assert (
+        "3 of 4" in mask_lines(data, "train", data.stems("train"), with_tags=False)[0]
+    )  # nothing tells that i2 shows none
 
 
 def test_masks_of_classes_in_another_order(tmp_path):
     data = write_set(tmp_path, "cat dog", ["cat", "dog", "cat dog"], [[0, 2], [255, 1], [1, 2]])
-    (line,) = mask_lines(data, "train")
+    (line,) = mask_lines(data, "train", data.stems("train"))
     assert line.startswith("2 of 3 masks of the list train show a class that their tags lack. Do they number")
     assert "cat, dog" in line
 
 
 def test_masks_that_are_right_are_not_spoken_of(tmp_path):
-    assert mask_lines(write_set(tmp_path, "cat dog", ["cat", "dog"], [[0, 1], [2, 255]]), "train") == []
+    data = write_set(tmp_path, "cat dog", ["cat", "dog"], [[0, 1], [2, 255]])
+    assert mask_lines(data, "train", data.stems("train")) == []

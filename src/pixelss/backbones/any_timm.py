@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ def timm_backbone(name: str, *, output_stride: int = 8, pretrained: bool = False
         output_stride: image pixels per cell of the feature map, along one axis.
         pretrained: fetch timm's weights; for a file on disk add `pretrained_cfg_overlay={"file": path}`. Of its names a
             common prefix is dropped ("backbone.", "net.") and what wrappers put in; a state dict may lie
-            under a key ("model", "teacher").
+            under a key ("model", "teacher"). Warns where the file lacks some of the network's tensors.
         **kwargs: passed to `timm.create_model`, for example `img_size` or `drop_path_rate`.
 
     Shape:
@@ -155,6 +156,10 @@ def _build_with(build: Callable[..., Any], name: str, weights: _Weights, kwargs:
         needed = {key: value for key, value in net.state_dict().items() if value.is_floating_point()}
         arrived = sum(_fingerprint(value) in there for value in needed.values())
         if 2 * arrived >= len(needed):
+            names = {key: _canonical(key.removeprefix("model.")) for key in needed}
+            if best and (lacking := [key for key, whole in names.items() if whole in own and whole not in best]):
+                lacks = f"{weights.source} lacks {len(lacking)} of the {len(needed)} tensors of {name}"
+                warnings.warn(f"{lacks}: {', '.join(lacking[:3])}, ... They keep their initial values.", stacklevel=3)
             return net
         share = f"{arrived} of the {len(needed)} tensors"
     else:
