@@ -55,7 +55,7 @@ def _missing_files(config: Config, data: DataFolder, name: str, files: Files) ->
         return [str(error) + hint]
     faults = []
     for what, places in files.items():
-        lacking = [stem for stem in stems if not any(path.is_file() for path in places(data, stem))]
+        lacking = [stem for stem in stems if not any(path.exists() for path in places(data, stem))]
         if len(lacking) > (0 if config.data.on_bad_file == "stop" else len(stems) - 1):
             first = " or ".join(map(str, places(data, lacking[0])))
             faults.append(f"{len(lacking)} of {len(stems)} {what} of the list {name} are missing, the first: {first}.")
