@@ -14,7 +14,7 @@ from inference import cam_stems, shared_batches, writing
 from numpy.typing import NDArray
 from parallel import barrier, rank
 from PIL import Image
-from pixels import read_image, resize_mask
+from pixels import orientation, read_image, resize_mask
 from stages import IMAGES, TAGS, Run, Stage
 from storage import save_mask, save_png, write_atomic
 
@@ -61,7 +61,7 @@ def _write_pair(root: Path, stem: str, image: bytes, mask: Array) -> None:
 def _as_jpeg(path: Path, image: Array) -> bytes:
     """Return an upright JPEG file's bytes; any other image is written anew, for readers do not turn it."""
     with Image.open(path) as file:
-        if file.format == "JPEG" and file.mode in ("RGB", "L") and file.getexif().get(0x0112, 1) == 1:
+        if file.format == "JPEG" and file.mode in ("RGB", "L") and orientation(file) == 1:
             return path.read_bytes()
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=95)

@@ -14,7 +14,6 @@ from texts import BadFileError, named
 VOID = 255
 _MOST_PIXELS = 178_956_970  # what Pillow refuses; here each file is named, and CAM files of many classes may be larger
 Image.MAX_IMAGE_PIXELS = None
-_ORIENTATION = 0x0112
 
 
 def read_image(path: Path, longest: int | None = None) -> NDArray[np.uint8]:
@@ -30,6 +29,8 @@ def read_image(path: Path, longest: int | None = None) -> NDArray[np.uint8]:
             raise BadFileError(f"{path} has mode {image.mode}, of no known range: save it with 8 bits a channel.")
         else:
             levels = image
+        if levels.has_transparency_data:
+            levels = Image.alpha_composite(Image.new("RGBA", levels.size, "white"), levels.convert("RGBA"))
         levels = levels.convert("RGB")
         return np.array(levels if levels.size == (W, H) else levels.resize((W, H), Image.Resampling.BILINEAR))
 
@@ -61,6 +62,13 @@ def resize_mask(mask: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.ui
     return np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
 
 
+def orientation(image: Image.Image) -> int:
+    """Return how an image is to be turned, 1: not at all."""
+    with suppress(Exception):  # a damaged EXIF block turns nothing
+        return int(image.getexif().get(0x0112, 1))
+    return 1
+
+
 def first_file(paths: Sequence[Path], *, hint: str = "") -> Path:
     """Return the first of the paths where a mask is; raises, with the hint, where there is none."""
     for path in paths:
@@ -85,11 +93,10 @@ def _turn_upright(image: Image.Image) -> None:
 
 
 def _size(image: Image.Image, longest: int | None) -> tuple[int, int]:
-    W, H = image.size
-    turned = 1
-    with suppress(Exception):
-        turned = image.getexif().get(_ORIENTATION, 1)
-    if turned in (5, 6, 7, 8) and image.format != "TIFF":  # Pillow turns TIFF files by itself
-        W, H = H, W
+    if image.format == "TIFF":  # which Pillow turns when it reads the pixels
+        image.load()
+        W, H = image.size
+    else:
+        W, H = image.size[::-1] if orientation(image) in (5, 6, 7, 8) else image.size
     factor = min(1.0, longest / max(H, W)) if longest else 1.0
     return max(1, round(H * factor)), max(1, round(W * factor))

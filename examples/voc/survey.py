@@ -53,10 +53,13 @@ def tag_lines(data: DataFolder, name: str, stems: Sequence[str], *, skips: bool 
     lines += _told(stems, [s for s, row in tags.items() if not row.any()], "images", "have no tag: they show no class")
     absent = [kind for kind, count in zip(data.classes, counts, strict=True) if not count]
     lines += _told(data.classes, absent, "classes", "have no image, so their CAMs learn nothing")
-    if isinstance(data, TaggedFolder) and data.unlisted:
-        lines.append(
-            f"{data.unlisted} images below {data.root} are left out: {data.tags_path(stems[0])} has no row of them."
-        )
+    if isinstance(data, TaggedFolder):
+        if data.unlisted:
+            table = data.tags_path(stems[0])
+            lines.append(f"{data.unlisted} images below {data.root} are left out: {table} has no row of them.")
+        if data.unread:
+            ends = ", ".join(sorted({path.suffix for path in data.unread}))
+            lines.append(f"{len(data.unread)} pictures below {data.root} are not read ({ends}): convert them to JPEG.")
     return lines
 
 

@@ -14,6 +14,8 @@ from pixels import first_file, read_image, read_mask, read_size, resize_mask
 from texts import SUFFIXES, BadFileError, Row, check_classes, multi_hot, read_classes, read_tags, without_suffix
 from torch import Tensor
 
+_FOREIGN = (".heic", ".heif", ".avif", ".gif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".psd", ".svg")
+
 
 class TaggedFolder:
     """Photographs anywhere below a folder, with tags from a table or from the folders that they lie in.
@@ -30,6 +32,7 @@ class TaggedFolder:
 
     Attributes:
         unlisted: images below `root` that the table does not name.
+        unread: pictures below `root` of a format that is not read.
     """
 
     def __init__(
@@ -47,7 +50,9 @@ class TaggedFolder:
             raise FileNotFoundError(f"--data must be a folder of images, but {root} is none.")
         if masks is not None and not masks.is_dir():
             raise FileNotFoundError(f"--masks must be a folder of PNGs, but {masks} is none.")
-        images = _images(root, masks)
+        found = _files(root, masks)
+        images = [path for path in found if path.name.lower().endswith(SUFFIXES)]
+        self.unread = [path for path in found if path.name.lower().endswith(_FOREIGN)]
         rows = read_tags(tags) if tags else [_by_folder(path, root) for path in images]
         if not rows:
             raise BadFileError(f"{root} holds no image ({', '.join(SUFFIXES)}).")
@@ -79,7 +84,11 @@ class TaggedFolder:
         """Return the image names of a list; none of no list."""
         if name not in (None, "all", "masks"):
             raise BadFileError(f"A list of images with tags must be all or masks, but is {name}.")
-        return [] if name is None else [stem for stem in self._paths if name == "all" or self._truth(stem)]
+        if name != "masks":
+            return [] if name is None else list(self._paths)
+        if found := [stem for stem in self._paths if any(path.is_file() for path in self.mask_paths(stem))]:
+            return found
+        raise BadFileError(f"--masks must hold STEM.png of some image, but {self.masks} holds none: {self._first()}.")
 
     def image_path(self, stem: str) -> Path:
         return self._paths[stem]
@@ -108,12 +117,13 @@ class TaggedFolder:
         truth = read_mask(first_file(self.mask_paths(stem)), read_size(self.image_path(stem)), self.num_classes)
         return resize_mask(truth, self.size(stem))
 
-    def _truth(self, stem: str) -> bool:
-        return any(path.is_file() for path in self.mask_paths(stem))
+    def _first(self) -> str:
+        places = " and ".join(map(str, self.mask_paths(next(iter(self._paths)))))
+        return f"of the first image {places} are missing"
 
 
-def _images(root: Path, masks: Path | None) -> list[Path]:
-    """Return the images below a folder, in order; not those of the masks' folder, nor what is hidden."""
+def _files(root: Path, masks: Path | None) -> list[Path]:
+    """Return the files below a folder, in order; not those of the masks' folder, nor what is hidden."""
     found = []
     for folder, below, files in os.walk(root):
         here = Path(folder)
@@ -122,7 +132,7 @@ def _images(root: Path, masks: Path | None) -> list[Path]:
             for name in below
             if name[0] != "." and not (masks and masks.is_dir() and (here / name).samefile(masks))
         ]
-        found += [here / name for name in files if name[0] != "." and name.lower().endswith(SUFFIXES)]
+        found += [here / name for name in files if name[0] != "."]
     return sorted(found)
 
 

@@ -79,6 +79,13 @@ def test_other_modes_are_read_as_rgb(tmp_path, mode):
     assert read_image(tmp_path / "a.tif").min() > 250
 
 
+def test_what_is_transparent_is_white_whatever_lies_below(tmp_path):
+    pixels = np.zeros((1, 2, 4), np.uint8)
+    pixels[0, 0] = 10, 20, 30, 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
 def test_an_image_that_is_too_large_is_named_so_that_it_can_be_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr("pixels._MOST_PIXELS", 100)
     Image.new("L", (19, 9)).save(tmp_path / "a.jpg")

@@ -11,6 +11,7 @@ import torch
 from config import Data
 from data import BadFileError, VOCFolder, open_data
 from PIL import Image
+from survey import tag_lines
 from tagged import TaggedFolder
 
 
@@ -27,6 +28,7 @@ def folder_of(root: Path, table: str, **options) -> TaggedFolder:
 
 def test_images_anywhere_are_found_by_path_or_name_with_or_without_suffix(tmp_path):
     write_images(tmp_path, "a.v1.jpg", "in/b 2.PNG", "in/deep/c.jpeg", "d.webp", "in/e.bmp", "other.jpg", ".hidden.jpg")
+    (tmp_path / "in/phone.HEIC").touch()
     write_images(tmp_path, "in/K\u00e4fer.jpg", ".cache/x.jpg")
     table = "image,tags\na.v1,cat\nb 2.PNG,dog\nin\\deep\\c.jpeg,cat dog\n./d.webp,\nin/e,cow\nKa\u0308fer.jpg,cow\n"
     data = folder_of(tmp_path, table)
@@ -37,7 +39,13 @@ def test_images_anywhere_are_found_by_path_or_name_with_or_without_suffix(tmp_pa
     assert data.image("in/b 2").shape == (4, 6, 3)
     assert data.image_path("in/b 2") == tmp_path / "in/b 2.PNG"
     assert data.unlisted == 1
-    assert data.stems("masks") == data.stems(None) == []
+    assert [path.name for path in data.unread] == ["phone.HEIC"]
+    lines = tag_lines(data, "all", data.stems("all"))
+    assert lines[-2].startswith(f"1 images below {tmp_path} are left out: {tmp_path}/tags.csv has no row of them")
+    assert lines[-1].startswith(f"1 pictures below {tmp_path} are not read (.HEIC)")
+    assert data.stems(None) == []
+    with pytest.raises(BadFileError, match="some image, but None holds none"):
+        data.stems("masks")
     assert torch.equal(pickle.loads(pickle.dumps(data)).tags("in/e"), data.tags("in/e"))  # as workers get it
     with pytest.raises(BadFileError, match="must be all or masks, but is train"):
         data.stems("train")
@@ -98,6 +106,8 @@ def test_masks_are_found_checked_and_shrunk_with_their_images(tmp_path):
         data.mask("c")
     with pytest.raises(BadFileError, match="no such mask"):
         data.mask("in/b")
+    with pytest.raises(BadFileError, match=r"--masks must hold .*in/a\.png and .*a\.png are missing"):
+        folder_of(tmp_path, table, masks=tmp_path / "in").stems("masks")
     assert folder_of(tmp_path, table).mask_paths("c") == []
 
 
