@@ -21,7 +21,7 @@ import timm
 import torch
 import yaml
 from config import Config, decisive
-from data import DataFolder, open_data
+from data import BadFileError, DataFolder, open_data
 from parallel import barrier, rank, world_size
 from pipeline import FIRST, STAGES
 from stages import Run
@@ -82,14 +82,20 @@ def _inputs(config: Config, data: DataFolder) -> dict[str, str]:
             sizes = [(path := data.image_path(stem)).is_file() and path.stat().st_size for stem in stems]
             found[f"data.{field}.images"] = f"{len(stems)} of the list {name}, {_digest([stems, sizes])}"
             if field in ("train", "score"):
-                rows = [data.tags(stem).nonzero().flatten().tolist() for stem in stems]
-                tags = [sorted(data.classes[k] for k in row) for row in rows]
-                found[f"data.{field}.tags"] = f"of the list {name}, {_digest(tags)}"
+                found[f"data.{field}.tags"] = f"of the list {name}, {_digest([_tags(data, stem) for stem in stems])}"
     start = config.cam.start_from and config.cam.start_from / "model.pt"
     for setting, file in (("network.weights", config.network.weights), ("cam.start_from", start)):
         if file and file.is_file():
             found[f"{setting}.content"] = _digest(file)
     return found
+
+
+def _tags(data: DataFolder, stem: str) -> list[str] | None:
+    """Return an image's tags by name, whatever the order of the classes; None where they cannot be read."""
+    try:
+        return sorted(data.classes[k] for k in data.tags(stem).nonzero().flatten().tolist())
+    except BadFileError:
+        return None
 
 
 def _digest(content: object) -> str:

@@ -67,7 +67,8 @@ class Run:
     """One run of the pipeline: its settings, data, results and device; every stage is a function of it.
 
     Results, each in a folder of its own under `out`: train_cam/ train_affinity/ train_seg/ (checkpoints, model.pt,
-    metrics.jsonl), infer_cam/STEM.png, score_cam/scores.json, make_labels/STEM.png, infer_seg/val/STEM.png and
+    metrics.jsonl), infer_cam/STEM.png, score_cam/scores.json, make_labels/STEM.png,
+    export_labels/VOCdevkit/VOC2012/, infer_seg/val/STEM.png and
     infer_seg/test/STEM.png, evaluate/scores.json, export_test/results.tar.gz.
     """
 

@@ -150,6 +150,7 @@ def test_files_that_change_between_stages_are_refused_and_named(
     shapes: Path, tmp_path: Path, change: Callable[[Path], None], remove: str, name: str
 ) -> None:
     root = Path(shutil.copytree(shapes, tmp_path / "set"))
+    (root / "Annotations/train_0005.xml").write_text("<annotation>")  # a bad file hides no change of the others
     made = open_run(config(), root, tmp_path / "out", torch.device("cpu"))
     open_run(config(), root, tmp_path / "out", torch.device("cpu"))
     for stage in ("train_cam", "infer_seg"):
