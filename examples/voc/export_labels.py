@@ -50,7 +50,12 @@ def export_labels(run: Run) -> None:
     if rank() == 0:
         write_atomic(root / "ImageSets" / "Segmentation" / "train.txt", "".join(f"{stem}\n" for stem in listed))
         write_atomic(root / "classes.txt", "".join(f"{name}\n" for name in run.data.classes))
-    run.finish("export_labels", images=len(listed), folder=f"export_labels/{_INSIDE.as_posix()}")
+    run.finish(
+        "export_labels",
+        images=len(listed),
+        folder=f"export_labels/{_INSIDE.as_posix()}",
+        overlays="export_labels/overlays",
+    )
 
 
 def _write_pair(root: Path, stem: str, image: bytes, mask: Array) -> None:
