@@ -153,11 +153,16 @@ class CAM:
         rcm: weight of the regional contrastive loss.
         mam: weight of the multi-scale attentive loss.
         direct: weight of the direct loss (Table 2, Exp. 1).
+        er: weight of the equivariance of two views' CAMs (SEAM; 1 there, as of the next two).
+        ecr: weight of the equivariance of one view's CAMs and the other's refined ones, which takes a pixel correlation
+            into the network; its CAMs are then inferred refined.
+        minpool: weight of the activation of the pixels that are refined to the least, which takes it in as well.
         rcm_gate: when the contrastive (and the direct) loss starts.
         mam_gate: when the attentive loss starts.
         scales: of student and teacher.
         cls_scales: of the classification loss, a part of `scales`.
         mam_student_scales: of the student in the attentive loss, a part of `scales`; null: all; one for SMM.
+        view_scales: of the two views that SEAM's losses compare.
         attentive: false sets xi = 1 (MMM, SMM).
         form: of the contrastive loss: infonce, or ratio as Yoon Eq. 5 is printed.
         temperature: T.
@@ -170,11 +175,15 @@ class CAM:
     rcm: float = 1.0
     mam: float = 1.0
     direct: float = 0.0
+    er: float = 0.0
+    ecr: float = 0.0
+    minpool: float = 0.0
     rcm_gate: Gate = field(default_factory=Gate)
     mam_gate: Gate = field(default_factory=lambda: Gate(epochs=6))
     scales: Scales = (0.5, 1.0, 2.0)
     cls_scales: Scales = (0.5, 1.0, 2.0)
     mam_student_scales: Scales | None = None
+    view_scales: tuple[float, float] = (1.0, 0.3)
     attentive: bool = True
     form: Literal["infonce", "ratio"] = "infonce"
     temperature: float = 0.5
@@ -184,6 +193,11 @@ class CAM:
     schedule: Schedule = field(default_factory=Schedule)
     augment: Augment = field(default_factory=Augment)
     optimizer: Optimizer = field(default_factory=Optimizer)
+
+    @property
+    def correlates(self) -> bool:
+        """Tell whether the network has a pixel correlation: whether a loss would teach it."""
+        return self.ecr > 0 or self.minpool > 0
 
 
 @dataclass
@@ -202,6 +216,21 @@ class CRF:
 
 
 @dataclass
+class PAR:
+    """Pixel-adaptive refinement, in a CRF's place.
+
+    Args:
+        iterations: how often scores move.
+        size: factor at which it works; null: the image's size.
+        dilations: distances of the neighbours in pixels at that size.
+    """
+
+    iterations: int = 10
+    size: float | None = 0.5
+    dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
+
+
+@dataclass
 class InferCAM:
     """Stages infer_cam and score_cam.
 
@@ -210,27 +239,32 @@ class InferCAM:
         single_scales: score every scale by itself as well (Table 5).
         max_batch: most images of one shape that share a forward pass.
         crf: CAMs are scored with it as well ("also with CRF" of Table 1); null leaves that out.
-        crf_alpha: of the background score beside the CAMs in that CRF; null: a constant background at the best
-            threshold, what the CAMs compete with in the score without CRF.
+        par: CAMs are scored with this refinement as well; null leaves that out.
+        crf_alpha: of the background score beside the CAMs in both of them; null: a constant background at the best
+            threshold, what the CAMs compete with in the score without either.
     """
 
     scales: Scales = (0.5, 1.0, 1.5, 2.0)
     single_scales: bool = False
     max_batch: int = 8
     crf: CRF | None = field(default_factory=CRF)
+    par: PAR | None = None
     crf_alpha: float | None = None
 
 
 @dataclass
 class Affinity:
-    """Stage train_affinity: AffinityNet, its labels from two CRF results on the CAMs.
+    """Stage train_affinity: AffinityNet or IRNet's boundaries, the labels from two CRF results on the CAMs.
 
     Args:
+        kind: features: a pair's affinity is the likeness of its features (AffinityNet); path: no boundary lies between
+            (IRNet), the backbone stays as it is.
         alpha_low: of the background score whose foreground is trusted.
         alpha_high: of the background score whose background is trusted.
-        radius: in cells.
+        radius: of the pairs, in cells; IRNet trains with 10.
     """
 
+    kind: Literal["features", "path"] = "features"
     alpha_low: float = 4.0
     alpha_high: float = 32.0
     radius: int = 5
@@ -246,19 +280,23 @@ class Affinity:
 
 @dataclass
 class MakeLabels:
-    """Stage make_labels: the random walk, and a CRF on its result.
+    """Stage make_labels: the random walk, and a CRF or pixel-adaptive refinement on its result.
 
     Args:
         alpha: of the background score that walks along.
-        beta: exponent of the affinities.
+        radius: of the walk's pairs; null: affinity.radius. IRNet walks with 5.
+        beta: exponent of the affinities; null: 8, of paths 10.
         log_steps: logarithm to base 2 of the walk's steps.
         crf: on the walk's result; null leaves it out.
+        par: refines the walk's result in the CRF's place; null: the CRF.
     """
 
     alpha: float = 16.0
-    beta: float = 8.0
+    radius: int | None = None
+    beta: float | None = None
     log_steps: int = 8
     crf: CRF | None = field(default_factory=CRF)
+    par: PAR | None = None
 
 
 @dataclass

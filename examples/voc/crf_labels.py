@@ -1,14 +1,14 @@
-"""Masks from CAMs by a CRF: the two of AffinityNet's training, and the steps that other stages share."""
+"""Masks from CAMs by a CRF or PAR: the two of the affinities' training, and the steps that other stages share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from config import CRF
+from config import CRF, PAR
 from infer_cam import cam_path
 from inference import shared_batches, writing
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from torch import Tensor
 import pixelss
 
 Array = NDArray[np.uint8]
+# By the type of its settings; (levels (S, 3, H, W), scores (S, K, H, W), ...) -> refined scores
+REFINERS: dict[type, Callable[..., Tensor]] = {CRF: pixelss.dense_crf, PAR: pixelss.pixel_adaptive_refinement}
 
 
 @torch.inference_mode()
@@ -42,7 +44,7 @@ def write_crf_labels(run: Run) -> None:
     stems = run.data.stems(run.config.data.train)
     with writing(run) as write:
         for ((stem, (image, both, tags)),) in shared_batches(run, stems, read, desc="crf_labels", done=done):
-            masks = crf_masks(image, both.to(run.device), tags, config.crf)
+            masks = refined_masks(image, both.to(run.device), tags, config.crf)
             for path, mask in zip(paths(stem), masks, strict=True):
                 write(save_mask, path, mask)
     barrier()
@@ -53,10 +55,10 @@ def with_background(cam: Tensor, tags: Tensor, background: Tensor) -> Tensor:
     return torch.cat([background, cam[:, tags > 0]], 1)
 
 
-def crf_masks(image: Array, scores: Tensor, tags: Tensor, crf: CRF | None) -> Sequence[Array]:
-    """Return the masks (H, W) of S sets of scores (S, 1 + P, H, W) of one image, which share the CRF's lattice."""
-    if crf:
+def refined_masks(image: Array, scores: Tensor, tags: Tensor, settings: CRF | PAR | None) -> Sequence[Array]:
+    """Return the masks (H, W) of S sets of scores (S, 1 + P, H, W) of one image, which share a CRF's lattice."""
+    if settings:
         levels = torch.from_numpy(image).to(scores.device).permute(2, 0, 1).expand(len(scores), -1, -1, -1)
-        scores = pixelss.dense_crf(levels, scores, **asdict(crf))
+        scores = REFINERS[type(settings)](levels, scores, **asdict(settings))
     classes = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + tags.nonzero().flatten()])
     return [mask.numpy() for mask in classes[scores.argmax(1).cpu()].to(torch.uint8)]

@@ -29,7 +29,7 @@ from run import HERE, check, guarded, load_config
 from runfolder import UserError
 from stages import Run
 from tqdm import tqdm
-from train_cam import check_scales, trained_weights
+from train_cam import check_scales, load_start
 
 import pixelss
 
@@ -51,7 +51,7 @@ def headroom(run: Run) -> Headroom:
         raise UserError("data.score must name a list with masks, but is null.")
     check_scales(config)
     network = build_cam(replace(run.config, network=replace(run.config.network, weights=None)), N)
-    network.load_state_dict(trained_weights(config.start_from))
+    load_start(network, config.start_from)
     network.eval().to(run.device).to(memory_format=torch.channels_last)
     samples = Samples(run.data, run.data.stems(run.config.data.score), run.config, config.augment, [None])
     rows = [f"x{scale:g}" for scale in config.scales]

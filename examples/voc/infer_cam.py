@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from data import BadFileError
 from inference import autocast, cam_stems, pixels_inferred, shared_batches, to_input, writing
-from networks import load_trained
+from networks import cam_inference
 from numpy.typing import NDArray
 from parallel import sum_over
 from stages import IMAGES, TAGS, Run, Stage
 from storage import load_cam, save_cam
-from torch import Tensor, nn
+from torch import Tensor
 
 import pixelss
 
@@ -49,7 +49,7 @@ def write_cams(run: Run, stems: Sequence[str]) -> float:
     def read(stem: str) -> Item:
         return run.data.image(stem), run.data.tags(stem)
 
-    model = load_trained(run, "train_cam")
+    model = cam_inference(run)
     trained = (run.folder("train_cam") / "model.pt").stat().st_mtime_ns  # an earlier network's CAMs do not count
 
     def done(stem: str) -> bool:
@@ -73,7 +73,9 @@ def write_cams(run: Run, stems: Sequence[str]) -> float:
     return sum_over(images).item() / (time.perf_counter() - start)
 
 
-def cams_of_scales(run: Run, model: nn.Module, images: list[NDArray[np.uint8]]) -> list[tuple[Tensor, Tensor]]:
+def cams_of_scales(
+    run: Run, model: Callable[[Tensor], pixelss.CAMOutput], images: list[NDArray[np.uint8]]
+) -> list[tuple[Tensor, Tensor]]:
     """Return for every scale the raw CAMs (B, N, H, W) of the images and of their mirror images, mirrored back."""
     _, x = to_input(run, images)
     with autocast(run):

@@ -1,14 +1,16 @@
-"""Stage make_labels: the pseudo-labels; CAMs spread by a random walk on AffinityNet's affinities, then a CRF."""
+"""Stage make_labels: the pseudo-labels; CAMs spread by a random walk on learned affinities, then a CRF or PAR."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
-from crf_labels import crf_masks, with_background
+from crf_labels import refined_masks, with_background
 from evaluate import score_masks
 from infer_cam import cam_path
 from inference import autocast, cam_stems, pixels_inferred, shared_batches, to_input, writing
-from networks import load_trained
+from networks import AFFINITIES, load_trained
 from numpy.typing import NDArray
 from parallel import barrier
 from stages import IMAGES, MASKS, TAGS, Run, Stage
@@ -24,8 +26,10 @@ Array = NDArray[np.uint8]
 @torch.inference_mode()
 def make_labels(run: Run) -> None:
     """Write the pseudo-labels that are not there yet, and score them on the masks of data.score, if there are any."""
-    config, radius = run.config.make_labels, run.config.affinity.radius
-    network = load_trained(run, "train_affinity")
+    config, affinities = run.config.make_labels, AFFINITIES[run.config.affinity.kind]
+    walk = replace(run.config.affinity, radius=config.radius or run.config.affinity.radius)
+    beta = affinities.beta if config.beta is None else config.beta
+    network = load_trained(replace(run, config=replace(run.config, affinity=walk)), "train_affinity")
     folder = run.folder("make_labels")
 
     def read(stem: str) -> tuple[Array, Tensor, Tensor]:
@@ -40,11 +44,12 @@ def make_labels(run: Run) -> None:
     with writing(run) as write:
         for ((stem, (image, scores, tags)),) in batches:
             with autocast(run):
-                affinity = network(to_input(run, [image])[1])
-            cells = adaptive_avg_pool2d(scores.to(run.device), affinity.shape[-2:])
-            walked = pixelss.random_walk(cells, affinity, beta=config.beta, log_steps=config.log_steps, radius=radius)
+                output = network(to_input(run, [image])[1])
+            affinity = affinities.pairs(output, walk.radius)
+            cells = affinities.walkers(adaptive_avg_pool2d(scores.to(run.device), output.shape[-2:]), output)
+            walked = pixelss.random_walk(cells, affinity, beta=beta, log_steps=config.log_steps, radius=walk.radius)
             walked = interpolate(walked, image.shape[:2], mode="bilinear")
-            (mask,) = crf_masks(image, walked, tags, config.crf)
+            (mask,) = refined_masks(image, walked, tags, config.par or config.crf)
             write(save_mask, folder / f"{stem}.png", mask)
     barrier()
     quality: dict[str, object] = {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,29 +24,108 @@ import pixelss
 sys.path.append(str(Path(__file__).parent.parent))
 from small import Backbone
 
+TAPS = {"resnet38": (512, 1024, 4096), "small": (128, 128, 128)}  # the channels of what `forward_taps` gives
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Taps(nn.Module):
-    """A backbone that gives all feature maps of the affinity head; `out_channels` has one entry a map."""
+    """A backbone that gives all feature maps of the affinity head; `out_channels` has one entry a map.
 
-    def __init__(self, backbone: Any, out_channels: tuple[int, ...]) -> None:
+    Args:
+        backbone: with `forward_taps`, or with a `net` that returns a list.
+        out_channels: of the maps.
+        one_size: bring a list's maps to the size of the last.
+    """
+
+    def __init__(self, backbone: Any, out_channels: tuple[int, ...], *, one_size: bool) -> None:
         super().__init__()
         self.backbone: Any = backbone
         self.out_channels = out_channels
+        self.one_size = one_size
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if hasattr(self.backbone, "forward_taps"):
             taps: tuple[Tensor, ...] = self.backbone.forward_taps(x)
             return taps
         levels = self.backbone.net(x)
+        if not self.one_size:
+            return tuple(levels)
         return tuple(interpolate(level, levels[-1].shape[-2:], mode="bilinear") for level in levels)
+
+
+@dataclass(frozen=True)
+class Affinities:
+    """A way to the affinities of neighbouring cells: the head that learns them, and how its output is read.
+
+    Args:
+        head: (channels of the taps, radius) -> a head of the taps.
+        pairs: (the head's output, radius) -> affinities (B, O, h, w).
+        walkers: (scores (B, K, h, w), the head's output) -> what walks on them.
+        beta: the exponent of the walk, where the config names none.
+        trains_backbone: whether the head's gradient reaches the taps, which are then of one size.
+    """
+
+    head: Callable[[Sequence[int], int], nn.Module]
+    pairs: Callable[[Tensor, int], Tensor]
+    walkers: Callable[[Tensor, Tensor], Tensor]
+    beta: float
+    trains_backbone: bool
+
+
+# By the name that affinity.kind gives them.
+AFFINITIES: dict[str, Affinities] = {
+    "features": Affinities(  # AffinityNet
+        head=lambda channels, radius: pixelss.AffinityHead(channels, dims=(64, 128, 256), radius=radius),
+        pairs=lambda output, radius: output,
+        walkers=lambda scores, output: scores,
+        beta=8,
+        trains_backbone=True,
+    ),
+    "path": Affinities(  # IRNet, without its displacement, which is for instances
+        head=lambda channels, radius: pixelss.BoundaryHead(channels),
+        pairs=lambda output, radius: pixelss.path_affinity(output.sigmoid(), radius=radius),
+        walkers=lambda scores, output: scores * (1 - output.sigmoid()),
+        beta=10,
+        trains_backbone=False,
+    ),
+}
+
+
+class CorrelatedHead(pixelss.CAMHead):
+    """A `CAMHead` with SEAM's pixel correlation beside it, under the names of a `CAMHead` and `correlation`."""
+
+    def __init__(self, in_channels: int, num_classes: int, *, dim: int, taps: Sequence[int]) -> None:
+        super().__init__(in_channels, num_classes, dim=dim)
+        self.correlation = pixelss.PixelCorrelation(taps, dims=(64, 128)[-len(taps) :])
+
+
+class Correlated(nn.Sequential):
+    """A backbone and a `CorrelatedHead`: images to a `pixelss.CAMOutput`, as without correlation.
+
+    What is correlated are the taps before the feature map (conv4 and conv5 of resnet38), where the backbone gives some,
+    else that map. With `correlate` the refined CAMs (B, K, h, w) follow the raw ones in `cam`.
+    """
+
+    def forward(self, images: Tensor, *, correlate: bool = False) -> pixelss.CAMOutput:
+        backbone: Any = self[0]
+        head: Any = self[1]
+        *taps, features = backbone.forward_taps(images) if hasattr(backbone, "forward_taps") else [backbone(images)]
+        output: pixelss.CAMOutput = head(features)
+        if not correlate:
+            return output
+        refined = head.correlation(taps or [features], images, output.cam)
+        return output._replace(cam=torch.cat([output.cam, refined], 1))
+
+    def refine(self, images: Tensor) -> pixelss.CAMOutput:
+        """Return the output with the refined CAMs of the foreground (B, N, h, w) in place of the raw ones."""
+        output: pixelss.CAMOutput = self(images, correlate=True)
+        return output._replace(cam=output.cam[:, -output.logits.shape[1] :])
 
 
 def build_backbone(network: Network) -> Any:
     """Build the backbone; given weights, its norms stay as they were trained."""
     backbone: Any
-    if network.backbone in ("resnet38", "small") and network.output_stride != 8:
+    if network.backbone in TAPS and network.output_stride != 8:
         raise ValueError(f"network.output_stride must be 8 for {network.backbone}, but is {network.output_stride}.")
     if network.backbone == "small":
         if network.weights:
@@ -90,19 +170,23 @@ def _pretrained(network: Network) -> dict[str, Any]:
 
 def build_cam(config: Config, num_classes: int) -> nn.Sequential:
     """Build the CAM network: images to a `pixelss.CAMOutput`."""
-    backbone = build_backbone(config.network)
-    return nn.Sequential(backbone, pixelss.CAMHead(backbone.out_channels, num_classes, dim=config.network.dim))
+    backbone, dim = build_backbone(config.network), config.network.dim
+    if config.cam.correlates:
+        taps = TAPS.get(config.network.backbone, ())[:-1] or (backbone.out_channels,)
+        head = CorrelatedHead(backbone.out_channels, num_classes, dim=dim, taps=taps)
+        return Correlated(backbone, head)
+    return nn.Sequential(backbone, pixelss.CAMHead(backbone.out_channels, num_classes, dim=dim))
 
 
 def build_affinity(config: Config) -> nn.Sequential:
-    """Build AffinityNet: images to affinities (B, O, h, w).
+    """Build the affinity network: images to what `AFFINITIES[config.affinity.kind]` reads.
 
-    Its taps are conv4, conv5 and conv6 of resnet38, else the last three feature maps at the size of the last; a timm
-    network must know `output_stride`, as convolutional ones do.
+    Its taps are conv4, conv5 and conv6 of resnet38, else the last three feature maps; a timm network must know
+    `output_stride`, as convolutional ones do.
     """
-    network, dims = config.network, (64, 128, 256)
-    if network.backbone in ("resnet38", "small"):
-        taps = Taps(build_backbone(network), (512, 1024, 4096) if network.backbone == "resnet38" else (128, 128, 128))
+    network, kind = config.network, AFFINITIES[config.affinity.kind]
+    if network.backbone in TAPS:
+        taps = Taps(build_backbone(network), TAPS[network.backbone], one_size=kind.trains_backbone)
     else:
         # The same tensors under the same names as timm_backbone's, which gives the last level alone.
         body = nn.Module()
@@ -113,8 +197,10 @@ def build_affinity(config: Config) -> nn.Sequential:
             output_stride=network.output_stride,
         )  # its weights are the CAM network's
         channels: Any = net.feature_info
-        taps = Taps(_freeze(body, network), tuple(channels.channels()))
-    return nn.Sequential(taps, pixelss.AffinityHead(taps.out_channels, dims=dims, radius=config.affinity.radius))
+        taps = Taps(_freeze(body, network), tuple(channels.channels()), one_size=kind.trains_backbone)
+    if not kind.trains_backbone:
+        taps.requires_grad_(False)
+    return nn.Sequential(taps, kind.head(taps.out_channels, config.affinity.radius))
 
 
 def build_segmentation(config: Config, num_classes: int) -> nn.Sequential:
@@ -137,11 +223,15 @@ def load_trained(run: Run, stage: str) -> nn.Sequential:
     return network.eval().to(run.device).to(memory_format=torch.channels_last)  # as the images are
 
 
+def cam_inference(run: Run) -> Callable[[Tensor], pixelss.CAMOutput]:
+    """Return the finished CAM network as CAMs are inferred with it: refined where it has learned a correlation."""
+    network = load_trained(run, "train_cam")
+    return network.refine if isinstance(network, Correlated) else network
+
+
 def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and deviation of RGB / 255 that the backbone expects."""
-    known = (
-        None if config.network.backbone in ("resnet38", "small") else timm.get_pretrained_cfg(config.network.backbone)
-    )
+    known = None if config.network.backbone in TAPS else timm.get_pretrained_cfg(config.network.backbone)
     return (tuple(known.mean), tuple(known.std)) if known else IMAGENET
 
 

@@ -1,4 +1,4 @@
-"""Stage score_cam: mIoU, precision and recall of the CAMs at the best threshold, plain and after a CRF."""
+"""Stage score_cam: mIoU, precision and recall of the CAMs at the best threshold, plain and after a CRF or PAR."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from crf_labels import crf_masks, with_background
+from crf_labels import refined_masks, with_background
 from evaluate import by_class
 from infer_cam import cam_path, write_cams
 from inference import pixels_inferred, shared_batches
@@ -43,7 +43,8 @@ def score_cam(run: Run) -> None:
             remove_unfinished(run.folder("infer_cam"))
     scores = _sweep(run, None)
     threshold = scores["threshold"]
-    plain, refined = (pixelss.ConfusionMatrix(run.data.num_classes + 1).to(run.device) for _ in range(2))
+    refiners = {name: settings for name in ("crf", "par") if (settings := getattr(config, name))}
+    counts = {name: pixelss.ConfusionMatrix(run.data.num_classes + 1).to(run.device) for name in ("plain", *refiners)}
 
     def read(stem: str) -> tuple[Array, Tensor, Array, Tensor]:
         cam = load_cam(cam_path(run, stem), run.data.num_classes)
@@ -51,17 +52,16 @@ def score_cam(run: Run) -> None:
 
     for ((_, (image, cams, mask, tags)),) in shared_batches(run, stems, read, desc="score_cam"):
         cam, truth = cams[None].to(run.device), _on_device(run, mask)
-        plain.update(pixelss.class_region_mask(cam, tags[None].to(run.device), threshold=threshold), truth)
-        if config.crf:
-            if config.crf_alpha is None:
-                background = torch.full_like(cam[:, :1], threshold)
-            else:
-                background = pixelss.background_score(cam, alpha=config.crf_alpha)
-            (result,) = crf_masks(image, with_background(cam, tags, background), tags, config.crf)
-            refined.update(_on_device(run, result), truth)
-    scores["iou"] = by_class(run, plain.compute().iou)
-    if config.crf:
-        scores["crf_miou"] = refined.compute().miou.item()
+        counts["plain"].update(pixelss.class_region_mask(cam, tags[None].to(run.device), threshold=threshold), truth)
+        if config.crf_alpha is None:
+            background = torch.full_like(cam[:, :1], threshold)
+        else:
+            background = pixelss.background_score(cam, alpha=config.crf_alpha)
+        for name, settings in refiners.items():
+            (result,) = refined_masks(image, with_background(cam, tags, background), tags, settings)
+            counts[name].update(_on_device(run, result), truth)
+    scores["iou"] = by_class(run, counts["plain"].compute().iou)
+    scores |= {f"{name}_miou": counts[name].compute().miou.item() for name in refiners}
     if config.single_scales:
         scores["single_scales"] = {str(scale): _sweep(run, scale) for scale in config.scales}
     if rank() == 0:
@@ -69,9 +69,8 @@ def score_cam(run: Run) -> None:
         named = {"all scales": scores, **{f"x{k}": one for k, one in scores.get("single_scales", {}).items()}}
         curves = {name: (one["curve"]["thresholds"], one["curve"]["miou"]) for name, one in named.items()}
         save_png(run.folder("score_cam") / "curve.png", Image.fromarray(viz.threshold_curves(curves)))
-    shown = {
-        name: round(100 * scores[name], 1) for name in ("miou", "precision", "recall", "crf_miou") if name in scores
-    }
+    names = ["miou", "precision", "recall", *(f"{name}_miou" for name in refiners)]
+    shown = {name: round(100 * scores[name], 1) for name in names}
     run.finish("score_cam", list=run.config.data.score, **shown, threshold=threshold)
 
 

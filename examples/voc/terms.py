@@ -1,14 +1,15 @@
 """The losses of train_cam, a function each, and what they share of a step.
 
 The loss is the sum of weight * term over `TERMS`. A new loss is a function here that returns its `Term`, an entry in
-`TERMS` under the name that its weight has in config.CAM and its value in metrics.jsonl, and a row in tables.ROWS.
+`TERMS` under the name that its weight has in config.CAM and its value in metrics.jsonl, and a row in tables.ROWS. What
+it learns beside the CAMs belongs into the network (networks.build_cam): the optimiser and inference find it there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from batches import Batch
@@ -32,14 +33,17 @@ class Views:
         ema: the teacher.
         batch: on the device, its tags on the CPU, where asking which classes are present waits for nothing.
         scales: of the student that terms ask for.
+        refined: whether terms ask for the student's refined CAMs.
 
     Attributes:
         tags: on the device.
         cpu_tags: the same on the CPU.
     """
 
-    def __init__(self, config: CAM, network: nn.Module, ema: nn.Module, batch: Batch, scales: Scales) -> None:
-        self.config, self.network, self.ema, self.scales = config, network, ema, scales
+    def __init__(
+        self, config: CAM, network: nn.Module, ema: nn.Module, batch: Batch, scales: Scales, *, refined: bool = False
+    ) -> None:
+        self.config, self.network, self.ema, self.scales, self._refined = config, network, ema, scales, refined
         self.images, self.cpu_tags = batch.images, batch.tags
         self.tags = batch.tags.to(batch.images.device, non_blocking=True)
         self._cams: dict[float, Tensor] = {}
@@ -47,7 +51,17 @@ class Views:
     @cached_property
     def student(self) -> Outputs:
         """The student's outputs, by scale."""
-        return self._outputs(self.network, self.scales)
+        classes = self.cpu_tags.shape[1]
+        return {scale: output._replace(cam=output.cam[:, :classes]) for scale, output in self._passes.items()}
+
+    @cached_property
+    def _passes(self) -> Outputs:
+        """The student's outputs, the refined CAMs behind the others where they are asked for."""
+        return self._outputs(partial(self.network, correlate=True) if self._refined else self.network, self.scales)
+
+    def refined(self, scale: float) -> Tensor:
+        """Return the student's refined CAM of a scale, raw, the background first."""
+        return self._passes[scale].cam[:, self.cpu_tags.shape[1] :]
 
     @cached_property
     def teacher(self) -> Outputs:
@@ -59,6 +73,21 @@ class Views:
         if scale not in self._cams:
             self._cams[scale] = pixelss.normalize_cam(self.student[scale].cam)
         return self._cams[scale]
+
+    def comparable(self, cam: Tensor) -> Tensor:
+        """Return raw CAMs as SEAM compares them: normalised by minimum and maximum, present classes alone.
+
+        A background that comes first stays.
+        """
+        present = (self.tags > 0).float()
+        if cam.shape[1] > present.shape[1]:
+            present = torch.cat([torch.ones_like(present[:, :1]), present], 1)
+        return pixelss.normalize_cam(cam, kind="minmax") * present[:, :, None, None]
+
+    @cached_property
+    def images_seen(self) -> Tensor:
+        """How many images this process has."""
+        return self.images.new_full((), len(self.images))
 
     @cached_property
     def targets(self) -> list[Tensor]:
@@ -77,7 +106,7 @@ class Views:
         H, W = self.images.shape[2:]
         return self.images.new_full((), float((self.cpu_tags > 0).sum()) * H * W)
 
-    def _outputs(self, model: nn.Module, scales: Scales) -> Outputs:
+    def _outputs(self, model: Callable[..., pixelss.CAMOutput], scales: Scales) -> Outputs:
         return dict(zip(scales, pixelss.multi_scale_forward(model, self.images, scales=scales), strict=True))
 
 
@@ -90,12 +119,14 @@ class Term:
         scales: of the student that it asks for.
         start: steps before it starts.
         modules: what it keeps from step to step, by a name that no other term has: a checkpoint holds them.
+        refined: whether it asks for the student's refined CAMs too.
     """
 
     mean: Callable[[Views], Mean]
     scales: Scales
     start: int = 0
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    refined: bool = False
 
 
 def classification(config: Config, num_classes: int, images: int) -> Term:
@@ -107,7 +138,7 @@ def classification(config: Config, num_classes: int, images: int) -> Term:
 def tags_mean(outputs: Outputs, scales: Scales, views: Views) -> Mean:
     """Return the classification loss of the student's or the teacher's outputs."""
     losses = [binary_cross_entropy_with_logits(outputs[scale].logits, views.tags) for scale in scales]
-    return torch.stack(losses).mean(), views.images.new_full((), len(views.images))
+    return torch.stack(losses).mean(), views.images_seen
 
 
 def contrastive(config: Config, num_classes: int, images: int) -> Term:
@@ -144,10 +175,48 @@ def attentive(config: Config, num_classes: int, images: int) -> Term:
     return Term(mean, scales, gate_step(config.cam.mam_gate, config.cam.schedule, images))
 
 
+def equivariance(config: Config, num_classes: int, images: int) -> Term:
+    """SEAM's ER: the CAMs of two scales, towards each other. SEAM compares at the smaller size, here at the images'."""
+    scales = config.cam.view_scales
+
+    def mean(views: Views) -> Mean:
+        first, second = (views.comparable(views.student[scale].cam) for scale in scales)
+        return pixelss.equivariance_loss(first, second), views.images_seen
+
+    return Term(mean, scales)
+
+
+def cross_equivariance(config: Config, num_classes: int, images: int) -> Term:
+    """SEAM's ECR: the refined CAM of either scale, towards the other scale's CAM. This teaches the correlation."""
+    scales = config.cam.view_scales
+
+    def mean(views: Views) -> Mean:
+        cams = [views.comparable(views.student[scale].cam) for scale in reversed(scales)]
+        refined = [views.comparable(views.refined(scale)) for scale in scales]
+        both = [pixelss.cross_equivariance_loss(*pair) for pair in zip(refined, cams, strict=True)]
+        return both[0] + both[1], views.images_seen
+
+    return Term(mean, scales, refined=True)
+
+
+def min_pooling(config: Config, num_classes: int, images: int) -> Term:
+    """SEAM's min-pooling: every image has a background, the pixels that are refined to the least."""
+    scales = config.cam.view_scales
+
+    def mean(views: Views) -> Mean:
+        losses = [pixelss.min_pooling_loss(views.refined(scale)[:, 1:], views.tags) for scale in scales]
+        return torch.stack(losses).mean(), views.images_seen
+
+    return Term(mean, scales, refined=True)
+
+
 # By the name of their weight in config.CAM; (config, foreground classes, length of the training list) -> term
 TERMS: dict[str, Callable[[Config, int, int], Term]] = {
     "cls": classification,
     "rcm": contrastive,
     "direct": direct,
     "mam": attentive,
+    "er": equivariance,
+    "ecr": cross_equivariance,
+    "minpool": min_pooling,
 }

@@ -1,6 +1,7 @@
 """Stage train_affinity: AffinityNet learns from the pixels that two CRF results agree on (Ahn and Kwak, CVPR 2018).
 
-It starts from the CAM network's backbone, whatever that was started from.
+It starts from the CAM network's backbone, whatever that was started from. With `affinity.kind: path` IRNet's boundaries
+learn from the same pairs (Ahn et al., CVPR 2019); networks.AFFINITIES has what differs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from batches import Batch, Samples
 from crf_labels import write_crf_labels
-from networks import build_affinity, load_trained
+from networks import AFFINITIES, build_affinity, load_trained
 from parallel import shared_mean
 from stages import IMAGES, TAGS, Run, Stage
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ import pixelss
 def train_affinity(run: Run) -> None:
     write_crf_labels(run)
     config = run.config.affinity
+    kind = AFFINITIES[config.kind]
     torch.manual_seed(run.config.seed)
     network = build_affinity(run.config)
     taps: Any = network[0]
@@ -32,7 +34,7 @@ def train_affinity(run: Run) -> None:
     samples = Samples(run.data, stems, run.config, config.augment, folders)
 
     def loss(affinity_net: nn.Module, batch: Batch, step: int, report: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        affinity = affinity_net(batch.images)
+        affinity = kind.pairs(affinity_net(batch.images), config.radius)
         low, high = (subsampled(batch.maps[:, i], affinity.shape[-2:]) for i in range(2))
         labels = pixelss.affinity_labels(low, high, radius=config.radius)
         return kind_by_kind(affinity, labels)
@@ -67,6 +69,10 @@ STAGE = Stage(
     settings=("affinity",),
     section="affinity",
     pixels=lambda plan: pixels_trained(
-        plan, plan.config.affinity.schedule, plan.config.affinity.augment, (1.0,), passes=3
+        plan,
+        plan.config.affinity.schedule,
+        plan.config.affinity.augment,
+        (1.0,),
+        passes=3 if AFFINITIES[plan.config.affinity.kind].trains_backbone else 1,
     ),
 )

@@ -1,6 +1,6 @@
 """Stage train_cam: the student learns from tags, and its pixels from its own teacher (Yoon Eq. 9).
 
-loss = cls * L_cls + rcm * L_rcm + mam * L_mam + direct * L_direct, each from its gate on; terms.py has them.
+loss = cls * L_cls + rcm * L_rcm + mam * L_mam + direct * L_direct + ..., each from its gate on; terms.py has them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def train_cam(run: Run) -> None:
     torch.manual_seed(run.config.seed)
     student = build_cam(run.config, run.data.num_classes)
     if config.start_from is not None:
-        student.load_state_dict(trained_weights(config.start_from))
+        load_start(student, config.start_from)
     student.to(run.device)
     samples = Samples(run.data, run.data.stems(run.config.data.train), run.config, config.augment)
     objective = Objective(run.config, student, run.data.num_classes, len(samples))
@@ -78,7 +78,8 @@ class Objective:
     def __call__(self, student: nn.Module, batch: Batch, step: int, report: bool) -> tuple[Tensor, dict[str, Tensor]]:
         active = {name: term for name, term in self.terms.items() if step >= term.start}
         scales = sorted({scale for term in active.values() for scale in term.scales})
-        views = Views(self.config, student, self.teacher, batch, tuple(scales))
+        refined = any(term.refined for term in active.values())
+        views = Views(self.config, student, self.teacher, batch, tuple(scales), refined=refined)
         parts = {name: shared_mean(*term.mean(views)) for name, term in active.items()}
         loss = reduce(torch.add, [self.weights[name] * value for name, value in parts.items()])
         if report:
@@ -114,17 +115,26 @@ def check_scales(config: CAM) -> None:
             )
     if not config.cls_scales:
         raise ValueError("cam.cls_scales must hold one scale or more, but is empty.")
+    first, second = config.view_scales
+    if first == second:
+        raise ValueError(f"cam.view_scales must be two different scales, or both views are one, but is {first} twice.")
     if 1.0 not in config.scales and (config.rcm or config.direct):
         raise ValueError(f"cam.scales must hold 1.0, the scale of prototypes and masks, but is {config.scales}.")
 
 
-def trained_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the weights of another run's finished train_cam folder."""
+def load_start(network: nn.Module, folder: Path) -> None:
+    """Load the weights of another run's finished train_cam folder.
+
+    A pixel correlation that only one of the two networks has stays untrained, or is left behind.
+    """
     path = folder / "model.pt"
     if not path.is_file():
         raise FileNotFoundError(f"cam.start_from must be a finished train_cam folder, but {path} is missing.")
     weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return weights
+    own = network.state_dict()
+    kept = {name: weight for name, weight in own.items() if ".correlation." in name and name not in weights}
+    theirs = {name: weight for name, weight in weights.items() if ".correlation." not in name or name in own}
+    network.load_state_dict(kept | theirs)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Masks from CAMs by a CRF."""
+"""Masks from CAMs by a CRF or by pixel-adaptive refinement."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from config import CRF
-from crf_labels import crf_masks, with_background, write_crf_labels
+from config import CRF, PAR
+from crf_labels import refined_masks, with_background, write_crf_labels
 
 import pixelss
 from tests.voc.runs import cam_of, new_run, write_random_cams
@@ -35,8 +35,8 @@ def test_crf_labels_of_one_lattice_equal_separate_ones(shapes: Path, tmp_path: P
 def test_label_maps_without_a_tag_are_background() -> None:
     image, tags = np.zeros((5, 6, 3), np.uint8), torch.zeros(3)
     scores = with_background(torch.zeros(1, 3, 5, 6), tags, torch.ones(1, 1, 5, 6))
-    for crf in (None, CRF(iterations=1)):
-        (labels,) = crf_masks(image, scores, tags, crf)
+    for settings in (None, CRF(iterations=1), PAR(iterations=1)):
+        (labels,) = refined_masks(image, scores, tags, settings)
         assert labels.dtype == np.uint8
         assert labels.shape == (5, 6)
         assert not labels.any()

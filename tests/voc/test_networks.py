@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from config import Network
-from networks import IMAGENET, build_affinity, build_cam, check_report, load_trained, normalisation
+from networks import (
+    IMAGENET,
+    Correlated,
+    build_affinity,
+    build_cam,
+    cam_inference,
+    check_report,
+    load_trained,
+    normalisation,
+)
 from quickstart import build_model
 from torch.testing import assert_close
 from training import train_mode
@@ -130,3 +139,62 @@ def test_frozen_parts_are_not_trained_and_unknown_ones_named():
 def test_a_stride_that_a_backbone_has_not_is_refused(backbone):
     with pytest.raises(ValueError, match=rf"network\.output_stride must be 8 for {backbone}, but is 16"):
         build_cam(tiny_config(network=Network(backbone, output_stride=16)), 2)
+
+
+def affinity_config(backbone: str, **changes):
+    affinity = replace(tiny_config().affinity, kind="path", **changes)
+    stride = 8 if backbone == "small" else 16
+    return tiny_config(network=Network(backbone, output_stride=stride, dim=8), affinity=affinity)
+
+
+def test_boundaries_lie_at_the_finest_tap_of_a_backbone_that_stays():
+    for backbone, size in (("small", (8, 6)), ("resnet18", (8, 6))):  # taps of stride 8, and of 8, 16, 16
+        network = build_affinity(affinity_config(backbone, radius=10))
+        images = torch.rand(2, 3, 64, 48)
+        logits = network(images)
+        assert logits.shape == (2, 1, *size)
+        train_mode(network)
+        before = {name: value.clone() for name, value in network[0].state_dict().items()}
+        pixelss.path_affinity(network(images).sigmoid(), radius=10).mean().backward()
+        assert not any(weight.requires_grad for weight in network[0].parameters())
+        assert all(weight.grad is not None for weight in network[1].parameters())
+        assert_close(network[0].state_dict(), before, rtol=0, atol=0)  # statistics of norms too
+
+
+@pytest.mark.parametrize("backbone", ["small", "resnet18", "vit_tiny_patch16_224", "resnet38"])
+def test_correlation_refines_the_cams_of_any_backbone(backbone):
+    stride = 8 if backbone in ("small", "resnet38") else 16
+    config = tiny_config(network=Network(backbone, output_stride=stride, dim=8))
+    torch.manual_seed(0)
+    plain = build_cam(config, 3).eval()
+    torch.manual_seed(0)
+    config.cam.ecr = 1.0
+    network = build_cam(config, 3).eval()
+    images = torch.rand(2, 3, 64, 48)
+    extra = {name for name in network.state_dict() if name not in plain.state_dict()}
+    assert {name.split(".")[1] for name in extra} == {"correlation"}
+    assert_close({name: value for name, value in network.state_dict().items() if name not in extra}, plain.state_dict())
+    with torch.no_grad():
+        output, both, refined = network(images), network(images, correlate=True), network.refine(images)
+        assert_close(output, plain(images))
+        if backbone in ("small", "resnet38"):
+            *taps, _ = network[0].forward_taps(images)
+        else:
+            taps = [network[0](images)]
+        wanted = network[1].correlation(taps, images, output.cam)  # (B, K, h, w)
+    assert len(taps) == (2 if backbone in ("small", "resnet38") else 1)
+    assert_close(both.cam, torch.cat([output.cam, wanted], 1))
+    assert_close(refined.cam, wanted[:, 1:])
+    assert_close((both.features, both.logits, refined.logits), (output.features, output.logits, output.logits))
+
+
+def test_cams_are_inferred_refined_where_a_correlation_was_learned(root, tmp_path):
+    run = open_run(root, tmp_path)
+    run.config.cam.ecr = 1.0
+    run.folder("train_cam").mkdir()
+    network = build_cam(run.config, run.data.num_classes).eval()
+    torch.save(network.state_dict(), run.folder("train_cam") / "model.pt")
+    images = torch.rand(1, 3, 40, 32)
+    with torch.no_grad():
+        assert_close(cam_inference(run)(images).cam, network.refine(images).cam)
+    assert isinstance(load_trained(run, "train_cam"), Correlated)

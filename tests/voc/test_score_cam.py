@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from infer_cam import infer_cam
 from networks import build_cam
 from score_cam import score_cam
 from shapes import write_shapes
 
+import pixelss
 from tests.distributed import run_processes
 from tests.voc.runs import cam_of, config, new_run
 
@@ -34,6 +37,27 @@ def test_score_cam_scores_the_network_that_is_there(shapes: Path, tmp_path: Path
     torch.save(build_cam(made.config, made.data.num_classes).state_dict(), made.folder("train_cam") / "model.pt")
     score_cam(made)
     assert (made.out / "score_cam/scores.json").read_text() != first
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_cams_are_scored_after_pixel_adaptive_refinement_too(shapes: Path, tmp_path: Path, alpha: float | None) -> None:
+    par = {"infer_cam.par.iterations": 3, "infer_cam.par.dilations": [1, 2]}
+    made = new_run(shapes, tmp_path / "run", settings=config(**par, **{"infer_cam.crf_alpha": alpha or "null"}))
+    score_cam(made)
+    scores = json.loads((made.out / "score_cam/scores.json").read_text())
+    matrix = pixelss.ConfusionMatrix(5)
+    for stem in made.data.stems("train"):
+        cam, image = cam_of(stem, made)[None], torch.from_numpy(made.data.image(stem)).permute(2, 0, 1)[None]
+        background = torch.full_like(cam[:, :1], scores["threshold"])
+        if alpha:
+            background = (1 - cam.amax(1, keepdim=True)) ** alpha
+        present = [0, *(1 + c for c in range(4) if made.data.tags(stem)[c])]
+        probs = torch.cat([background, cam], 1)[:, present]
+        refined = pixelss.pixel_adaptive_refinement(image, probs, iterations=3, dilations=(1, 2), size=0.5)
+        matrix.update(torch.tensor(present)[refined.argmax(1)], torch.from_numpy(made.data.mask(stem))[None])
+    assert scores["par_miou"] == pytest.approx(matrix.compute().miou.item(), abs=1e-6)
+    assert made.results("score_cam")["par_miou"] == round(100 * scores["par_miou"], 1)
+    assert "crf_miou" in scores
 
 
 def share_of_the_work(rank: int, root: str, out: str) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,17 @@ def test_tables(shapes: Path, tiny: Path, tmp_path: Path, call: Call) -> None:
     assert [path.stat().st_mtime_ns for path in (tmp_path / "out/rows").rglob("done.json")] == dates
 
 
+def test_table_of_the_field_has_the_row_seam(shapes: Path, tiny: Path, tmp_path: Path, call: Call) -> None:
+    base = ("--data", shapes, "--out", tmp_path, "--config", VOC / "demo.yaml", "--config", tiny)
+    printed = call(tables.main, "field", *base, "--infer_cam.par", "{}")
+    rows = [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| ")]
+    assert rows == ["| row", "| ---", "| baseline", "| SEAM", "| MAM+RCM"]
+    for name in ("miou", "precision", "crf_miou", "par_miou"):
+        assert f" | {name} | {name}, paper |" in printed
+    losses = (tmp_path / "rows/SEAM/seed-0/train_cam/metrics.jsonl").read_text().splitlines()
+    assert {"cls", "er", "ecr", "minpool"} <= set(json.loads(losses[0])) - {"rcm", "mam"}
+
+
 def test_table_shows_mean_half_range_and_the_paper_s_figure(tmp_path: Path) -> None:
     text = tables.write_table("table1", {"MAM": {"miou": [50.0, 54.0]}}, "A caption.", [3, 5], tmp_path)
     assert text.splitlines() == [
@@ -56,7 +68,7 @@ def test_table_shows_mean_half_range_and_the_paper_s_figure(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_all_tables(shapes: Path, tiny: Path, tmp_path: Path, call: Call) -> None:
     call(tables.main, "all", "--data", shapes, "--out", tmp_path, "--config", VOC / "demo.yaml", "--config", tiny)
-    for name in ("table1", "table2", "table4", "table5", "fig7"):
+    for name in tables.TABLES:
         assert {f"{name}.md", f"{name}.csv", f"{name}.png"} <= {path.name for path in tmp_path.iterdir()}
     assert "| MMM+RCM |" in (tmp_path / "table1.md").read_text()
     assert (tmp_path / "rows" / "RCM-t=0.35").is_dir()

@@ -1,12 +1,19 @@
-"""Stage train_affinity: kinds of pairs, and masks at the centres of cells."""
+"""Stage train_affinity: kinds of pairs, and masks at the centres of cells; IRNet's boundaries."""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
+import pytest
+import saving
 import torch
 import train_affinity
+from networks import build_affinity, load_trained
 from torch.testing import assert_close
 
 import pixelss
+from tests.voc.trainings import STEPS, check_resumed, metrics, open_run, tiny_config, with_labels
 
 
 def test_kinds_of_pairs_sum_to_the_loss():
@@ -24,3 +31,33 @@ def test_label_maps_are_read_at_the_centres_of_cells():
         [[4 * 16 + 4, 4 * 16 + 12], [12 * 16 + 4, 12 * 16 + 12]]
     ]
     assert train_affinity.subsampled(maps, (16, 16)).equal(maps)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_boundaries_are_trained_and_resumed_bit_for_bit(root, whole, tmp_path, monkeypatch, precision):
+    config = tiny_config(precision=precision, affinity=replace(tiny_config().affinity, kind="path", radius=3))
+    unbroken, broken = (with_labels(open_run(root, tmp_path / name, config)) for name in ("unbroken", "broken"))
+    for run in (unbroken, broken):
+        shutil.copytree(whole.folder("train_cam"), run.folder("train_cam"))
+    train_affinity.train_affinity(unbroken)
+    log = saving.Log.write
+
+    def stop(self, step, values):
+        log(self, step, values)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.Log, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_affinity.train_affinity(broken)
+    train_affinity.train_affinity(broken)
+    check_resumed(broken, unbroken, "train_affinity")
+    assert len(metrics(unbroken, "train_affinity")) == STEPS
+
+    backbone, head = load_trained(unbroken, "train_affinity")
+    assert_close(backbone.backbone.state_dict(), load_trained(whole, "train_cam")[0].state_dict(), rtol=0, atol=0)
+    torch.manual_seed(config.seed)
+    start = build_affinity(config)[1].state_dict()
+    assert not any(value.equal(start[name]) for name, value in head.state_dict().items() if name.endswith("weight"))

@@ -13,7 +13,8 @@ from data import VOCFolder
 from networks import build_cam, load_trained
 from torch.testing import assert_close
 
-from tests.voc.trainings import damage, open_run, tiny_config
+import pixelss
+from tests.voc.trainings import STEPS, check_resumed, damage, metrics, open_run, tiny_config, train_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,6 +28,47 @@ def test_start_from_begins_with_that_network(root, whole, tmp_path):
     config.cam.start_from = tmp_path
     with pytest.raises(FileNotFoundError, match=r"start_from.*model\.pt"):
         train_cam.train_cam(open_run(root, tmp_path / "other", config))
+
+
+SEAM = {"er": 1.0, "ecr": 1.0, "minpool": 1.0, "view_scales": (1.0, 0.5)}
+
+
+def test_correlation_is_trained_and_resumed_bit_for_bit(root, tmp_path, monkeypatch):
+    config = tiny_config(cam=replace(tiny_config().cam, **SEAM, optimizer=Optimizer(head_lr=10, momentum=0.9)))
+    unbroken, broken = open_run(root, tmp_path / "a", config), open_run(root, tmp_path / "b", config)
+    train_cam.train_cam(unbroken)
+    for step in (3, 5):  # checkpoints after steps 2 and 4
+        train_until(broken, monkeypatch, step)
+    train_cam.train_cam(broken)
+    check_resumed(broken, unbroken, "train_cam")
+    assert len(metrics(unbroken)) == STEPS
+    assert {"er", "ecr", "minpool", "rcm"} <= set(metrics(unbroken)[-1])
+    torch.manual_seed(config.seed)
+    start = build_cam(config, unbroken.data.num_classes).state_dict()
+    trained = load_trained(unbroken, "train_cam").state_dict()
+    moved = {name for name in trained if not trained[name].equal(start[name])}
+    assert {name for name in trained if "correlation" in name} <= moved
+
+
+def test_a_row_with_correlation_starts_from_a_network_without_and_back(root, whole, tmp_path):
+    config = tiny_config(cam=replace(tiny_config().cam, **SEAM, start_from=whole.folder("train_cam")))
+    config.cam.optimizer = Optimizer(lr=0.0)
+    run = open_run(root, tmp_path / "a", config)
+    train_cam.train_cam(run)
+    plain, got = load_trained(whole, "train_cam").state_dict(), load_trained(run, "train_cam").state_dict()
+    assert got.keys() - plain.keys() == {name for name in got if "correlation" in name}
+    assert_close({name: got[name] for name in plain}, plain)
+    back = build_cam(tiny_config(), run.data.num_classes)
+    train_cam.load_start(back, run.folder("train_cam"))
+    assert_close(back.state_dict(), plain)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        train_cam.load_start(pixelss.resnet38(), run.folder("train_cam"))
+
+
+def test_two_views_of_one_scale_are_refused(root, tmp_path):
+    config = tiny_config(cam=replace(tiny_config().cam, view_scales=(0.5, 0.5)))
+    with pytest.raises(ValueError, match=r"cam\.view_scales must be two different scales"):
+        train_cam.train_cam(open_run(root, tmp_path, config))
 
 
 @pytest.mark.parametrize(
