@@ -51,7 +51,7 @@ def patch_token_contrast(features: Tensor, mask: Tensor, *, ignore_index: int = 
 
 
 class _PatchContrast(torch.autograd.Function):
-    """The loss and, beside it, its gradient: what the backward pass needs is as small as the tokens."""
+    """The loss; its gradient is computed image by image from the tokens, which are all that waits for it."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, cells: Tensor) -> Tensor:
@@ -59,25 +59,39 @@ class _PatchContrast(torch.autograd.Function):
         for one in cells:  # counted first: the pairs of all images share a mean
             same, both = _pairs_of(one)
             same_pairs, other_pairs = same_pairs + same.sum(), other_pairs + (both & ~same).sum()
-        total, gradient = features.new_zeros(()), torch.zeros_like(features)
+        total = features.new_zeros(())
         with full_precision(features):
-            for b, one in enumerate(cells):
-                same, both = _pairs_of(one)
-                weight = both / (other_pairs + 1) / 2
-                weight = torch.where(same, -1 / (same_pairs + 1) / 2, weight.to(features.dtype))
-                length = features[b].norm(dim=0).clamp(min=1e-12)
-                x = features[b] / length  # (D, hw)
-                cosine = x.mT @ x  # (hw, hw)
-                total = total + (cosine.abs() * weight).sum()
-                slope = 2 * x @ (cosine.sign() * weight)  # symmetric: p, q and q, p
-                gradient[b] = (slope - x * (x * slope).sum(0)) / length  # of a zero token: 0, as its slope
-        ctx.save_for_backward(gradient)
+            for tokens, one in zip(features, cells, strict=True):
+                x, _ = _unit(tokens)
+                total = total + ((x.mT @ x).abs() * _weights(one, same_pairs, other_pairs)).sum()
+        ctx.save_for_backward(features, cells, same_pairs, other_pairs)
         return total + torch.where(same_pairs > 0, 0.5, 0.0).to(features.dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]  # what is saved is a constant to autograd
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.saved_tensors[0], None
+        features, cells, same_pairs, other_pairs = ctx.saved_tensors
+        gradient = torch.zeros_like(features)
+        with full_precision(features):
+            for b, one in enumerate(cells):
+                x, length = _unit(features[b])
+                signs = (x.mT @ x).sign_().mul_(_weights(one, same_pairs, other_pairs))
+                slope = 2 * grads[0] * (x @ signs)  # symmetric: p, q and q, p
+                gradient[b] = (slope - x * (x * slope).sum(0)) / length  # of a zero token: 0, as its slope
+        return gradient, None
+
+
+def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an image's tokens (D, P) at length 1, and their lengths."""
+    length = tokens.norm(dim=0).clamp(min=1e-12)
+    return tokens / length, length
+
+
+def _weights(cells: Tensor, same_pairs: Tensor, other_pairs: Tensor) -> Tensor:
+    """Return what every pair of an image counts in the loss, (P, P)."""
+    same, both = _pairs_of(cells)
+    zero = torch.zeros_like(same_pairs)
+    return torch.where(same, -1 / (same_pairs + 1) / 2, torch.where(both, 1 / (other_pairs + 1) / 2, zero))
 
 
 def _pairs_of(cells: Tensor) -> tuple[Tensor, Tensor]:
