@@ -81,6 +81,26 @@ def patch_step(way: str, device: str) -> Step:
     return lambda: torch.autograd.grad(loss(features, mask), features)
 
 
+def literal_token_affinity(affinity: Tensor, mask: Tensor) -> Tensor:
+    """The labels of all pairs of all images, then the sums, as published."""
+    (B, h, w), cells = mask.shape, mask.flatten(1)
+    y, x = torch.arange(h * w, device=mask.device) // w, torch.arange(h * w, device=mask.device) % w
+    near = ((y[:, None] - y).abs() <= 8) & ((x[:, None] - x).abs() <= 8)
+    labels = (cells[:, :, None] == cells[:, None]).long()
+    labels[~near.expand(B, -1, -1)] = 255
+    labels[(cells == 255)[:, :, None].expand_as(labels)] = 255
+    labels[(cells == 255)[:, None].expand_as(labels)] = 255
+    same, other = (labels == 1).float(), (labels == 0).float()
+    return 0.5 * ((1 - affinity) * same).sum() / (same.sum() + 1) + 0.5 * (affinity * other).sum() / (other.sum() + 1)
+
+
+def token_affinity_step(way: str, device: str) -> Step:
+    affinity = torch.rand(8, 784, 784, device=device, requires_grad=True)
+    mask = torch.randint(0, N + 1, (8, 28, 28), device=device)
+    loss = literal_token_affinity if way == "literal" else pixelss.token_affinity_loss
+    return lambda: torch.autograd.grad(loss(affinity, mask), affinity)
+
+
 def energy_step(way: str, device: str) -> Step:
     """Smooth images, as photographs are more than noise; the published filter is C++ that nobody can build."""
     coarse = 255 * torch.rand(8, 3, 10, 10, device=device)
@@ -103,6 +123,9 @@ GROUPS = {
     },
     "patch-token contrast, batch 8, 784 tokens, D 768": {
         way: partial(patch_step, way) for way in ("literal", "pixelss")
+    },
+    "token affinity, batch 8, 784 tokens, radius 8": {
+        way: partial(token_affinity_step, way) for way in ("literal", "pixelss")
     },
     "dense energy, batch 8, 160 x 160 at scale 0.5, K 21": {
         way: partial(energy_step, way) for way in ("lattices built", "lattices given")

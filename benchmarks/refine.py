@@ -4,7 +4,8 @@
     python benchmarks/refine.py --device cuda
 
 The CRF is compared with the C++ code (pip install -e ".[crf-reference]") on one core, on photographs where
-PIXELSS_VOC_MINI has them, else on generated images; the random walk with the power of the dense matrix, by squaring.
+PIXELSS_VOC_MINI has them, else on generated images; the random walk with the power of the dense matrix, by squaring;
+the others with what the public code writes.
 """
 
 from __future__ import annotations
@@ -148,6 +149,59 @@ def adaptive(one_core: bool, device: str) -> Step:
     return lambda: pixelss.pixel_adaptive_refinement(pixels, probs, normalize=False, iterations=ITERATIONS)
 
 
+def correlation_inputs(device: str) -> tuple[Tensor, Tensor]:
+    embedding = torch.randn(2, 192, 56, 56, device=device, requires_grad=True)
+    return embedding, torch.rand(2, 21, 56, 56, device=device)
+
+
+def dense_correlation(device: str) -> Step:
+    """The literal way: the matrix of all pairs of an image's cells."""
+    embedding, scores = correlation_inputs(device)
+
+    def step() -> tuple[Tensor, ...]:
+        e = embedding.flatten(2)
+        e = e / (e.norm(dim=1, keepdim=True) + 1e-5)
+        similarity = (e.mT @ e).relu()
+        spread = scores.flatten(2) @ (similarity / (similarity.sum(1, keepdim=True) + 1e-5))
+        return torch.autograd.grad(spread.square().sum(), embedding)
+
+    return step
+
+
+def correlation(device: str) -> Step:
+    embedding, scores = correlation_inputs(device)
+    return lambda: torch.autograd.grad(pixelss.pixel_correlation(embedding, scores).square().sum(), embedding)
+
+
+def boundary_input(device: str) -> Tensor:
+    return torch.rand(2, 1, 94, 125, device=device, requires_grad=True)
+
+
+def gathered_paths(radius: int, device: str) -> Step:
+    """The literal way: the boundary at all cells of all paths side by side, then the maximum of every path."""
+    boundary = boundary_input(device)
+    h, w = boundary.shape[2:]
+    cells = torch.arange((h + radius) * (w + 2 * radius), device=device).view(h + radius, w + 2 * radius)
+    paths = []
+    for dy, dx in pixelss.pair_offsets(radius):
+        box = [(y, x) for y in range(dy + 1) for x in range(min(0, dx), max(0, dx) + 1)]
+        on = [(y, x) for y, x in box if (dy * x - dx * y) ** 2 < dy**2 + dx**2]
+        windows = [cells[y : y + h, radius + x : radius + x + w].flatten() for y, x in on]
+        paths.append(torch.stack(windows))  # (cells of the path, h w)
+
+    def step() -> tuple[Tensor, ...]:
+        flat = nn.functional.pad(boundary, (radius, radius, 0, radius), value=1.0).flatten(2)
+        affinity = torch.cat([1 - flat[:, :, path].amax(2) for path in paths], 1)
+        return torch.autograd.grad(affinity.square().sum(), boundary)
+
+    return step
+
+
+def paths(radius: int, device: str) -> Step:
+    boundary = boundary_input(device)
+    return lambda: torch.autograd.grad(pixelss.path_affinity(boundary, radius=radius).square().sum(), boundary)
+
+
 def inference(tile: int, device: str) -> Step:
     """Multi-scale flip inference of a large image by a small network at stride 8."""
     layers: list[nn.Module] = []
@@ -184,6 +238,17 @@ GROUPS: Groups = {
         "all neighbours side by side": partial(stacked_adaptive, False),
         "pixelss, 1 core": partial(adaptive, True),
         "pixelss": partial(adaptive, False),
+    },
+    "pixel correlation, 2 x 21 x 56 x 56, D 192, forward and backward": {
+        "dense matrix": dense_correlation,
+        "pixelss": correlation,
+    },
+    **{
+        f"path affinity, 2 x 94 x 125, radius {radius}, forward and backward": {
+            "gathered": partial(gathered_paths, radius),
+            "pixelss": partial(paths, radius),
+        }
+        for radius in (5, 10)
     },
     "multi-scale flip inference, 1500 x 2000, 21 classes, small network": {
         "one tile": partial(inference, 10_000),
