@@ -1,6 +1,6 @@
-"""Your own classes and folders: photographs of any size anywhere in a folder, and a table of tags.
+"""Your own classes and folders: photographs of any size in a folder, and a table of tags.
 
-examples/voc/run.py goes on from there to pseudo-labels: python run.py --data FOLDER --tags tags.csv --out OUT
+examples/voc/run.py makes pseudo-labels of them: run.py --data FOLDER --tags tags.csv --out OUT
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tagged import TaggedFolder
 
 
 class Squares(Dataset[tuple[Tensor, Tensor]]):
-    """A folder's images, normalised and at one size whatever their own, and their multi-hot tags."""
+    """A folder's images, normalised and of one size, and their multi-hot tags."""
 
     def __init__(self, folder: TaggedFolder, *, size: int = 80) -> None:
         self.folder, self.stems, self.size = folder, folder.stems("all"), size
@@ -34,9 +34,10 @@ class Squares(Dataset[tuple[Tensor, Tensor]]):
         return len(self.stems)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = Image.fromarray(self.folder.image(self.stems[index])).resize((self.size, self.size))
+        stem, sides = self.stems[index], (self.size, self.size)
+        image = Image.fromarray(self.folder.image(stem)).resize(sides)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-        return (pixels - 0.45) / 0.25, self.folder.tags(self.stems[index])  # no column for the background
+        return (pixels - 0.45) / 0.25, self.folder.tags(stem)  # no background column
 
 
 def write_example(root: Path) -> None:
@@ -46,7 +47,8 @@ def write_example(root: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["image", "tags"])
         for i, scene in enumerate(scenes(16, seed=0)):
-            Image.fromarray(scene.image).crop((0, 0, 96, 80 + i)).save(root / "garden" / f"{i:03d}.png")
+            image = Image.fromarray(scene.image).crop((0, 0, 96, 80 + i))
+            image.save(root / "garden" / f"{i:03d}.png")
             writer.writerow([f"garden/{i:03d}.png", ", ".join(sorted(set(scene.names)))])
 
 
