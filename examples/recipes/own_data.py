@@ -1,6 +1,6 @@
 """Your own classes and folders: photographs of any size in a folder, and a table of tags.
 
-examples/voc/run.py makes pseudo-labels of them: run.py --data FOLDER --tags tags.csv --out OUT
+Pseudo-labels of them: examples/voc/run.py --data FOLDER --tags tags.csv --out OUT
 """
 
 from __future__ import annotations
