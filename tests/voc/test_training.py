@@ -96,19 +96,24 @@ def test_epochs_and_iterations():
     assert gate_step(Gate(epochs=6, iterations=0), Schedule(batch=16), 10582) == 0
 
 
-def train_in_float64(rank: int, root: str, out: str) -> None:
+def train_in_float64(rank: int, root: str, out: str, field: bool, stages: list[str]) -> None:
     torch.set_default_dtype(torch.float64)
-    run = open_run(Path(root), Path(out))
-    for train in TRAININGS.values():
-        train(run)
+    config = tiny_config()
+    if field:
+        seam = {"er": 1.0, "ecr": 1.0, "minpool": 1.0, "view_scales": (1.0, 0.5)}
+        config.cam, config.affinity.kind = replace(config.cam, **seam), "path"
+    run = open_run(Path(root), Path(out), config)
+    for stage in stages:
+        TRAININGS[stage](run)
 
 
-def test_two_processes_with_uneven_shares_equal_one(root, tmp_path):
+@pytest.mark.parametrize(("field", "stages"), [(False, list(TRAININGS)), (True, ["train_cam", "train_affinity"])])
+def test_two_processes_with_uneven_shares_equal_one(root, tmp_path, field, stages):
     runs = [with_labels(open_run(root, tmp_path / name)) for name in ("one", "two")]
     for run, processes in zip(runs, (1, 2), strict=True):
-        run_processes(train_in_float64, processes, str(root), str(run.out))
+        run_processes(train_in_float64, processes, str(root), str(run.out), field, stages)
     one, two = runs
-    for stage in TRAININGS:
+    for stage in stages:
         for a, b in zip(metrics(one, stage), metrics(two, stage), strict=True):
             assert a == pytest.approx(b, rel=1e-9, abs=1e-12)
         weights = [torch.load(run.folder(stage) / "model.pt", weights_only=True) for run in runs]
