@@ -42,6 +42,8 @@ from texts import read_list, read_names
 
 ROWS = ("baseline", "control", "+RCM", "+MAM", "+RCM+MAM")
 SCORE_SCALES = (0.5, 1.0, 1.5, 2.0)
+LAG = 3.3  # of the paper's teacher: .01 / (1 - .997), for it has no momentum in effect
+POWER = 0.9  # of the rate's decay
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,8 +58,11 @@ def parse_args() -> argparse.Namespace:
     add("--form", default="infonce", choices=["infonce", "ratio"], help="of the regional contrastive loss")
     add("--warmup", type=int, default=300, help="iterations of the baseline")
     add("--iterations", type=int, default=100, help="iterations of every row after it")
-    add("--warmup-lr", type=float, default=0.02, help="of the baseline: momentum 0.9, head x10 on given weights")
-    add("--lr", type=float, default=0.02, help="of the rows: no momentum, head x1, poly decay")
+    add("--warmup-lr", type=float, help="of the baseline: momentum 0.9, head x10 on weights; 0.02, with weights 0.005")
+    add("--lr", type=float, help="of the rows: head x1, poly decay; 0.02, with weights 0.005")
+    add("--momentum", type=float, default=0.9, help="of the rows' SGD")
+    add("--alpha", type=float, help="the teacher's momentum; default: what keeps the paper's lag, 3.3")
+    add("--threshold", type=float, default=0.4, help="of the region mask: best where the CAMs' own best threshold is")
     add("--batch", type=int, default=16)
     add("--crop", type=int, default=80, help="side of a training crop in pixels")
     add("--rescale", type=float, nargs=2, default=(0.8, 1.3), help="range of the training images' random rescale")
@@ -65,7 +70,21 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.weights and args.backbone == "small":
         parser.error("--weights is of a published backbone: name it with --backbone")
+    rate = 0.005 if args.weights else 0.02
+    args.warmup_lr, args.lr = (rate if given is None else given for given in (args.warmup_lr, args.lr))
+    if not 0 <= args.momentum < 1:
+        parser.error(f"--momentum must be at least 0 and below 1, but is {args.momentum}")
+    if args.alpha is None:
+        args.alpha = 1 - args.lr / (1 - args.momentum) / LAG
     return args
+
+
+def pace(args: argparse.Namespace) -> str:
+    """Say how far the rows' training goes and the teacher lags, in units of the learning rate times the gradient."""
+    rate = args.lr / (1 - args.momentum)
+    distance = rate * sum((1 - step / args.iterations) ** POWER for step in range(args.iterations))
+    lag = rate / (1 - args.alpha) if args.alpha < 1 else float("inf")
+    return f"Rows: {args.iterations} iterations, distance {distance:.1f}, lag {lag:.1f} (in the paper 68 and {LAG})."
 
 
 @dataclass
@@ -132,11 +151,12 @@ def train(student: nn.Sequential, data: Data, args: argparse.Namespace, seed: in
     steps, start, lr = (args.warmup, 0, args.warmup_lr) if first else (args.iterations, args.warmup, args.lr)
     head_lr = lr * (10 if args.weights and first else 1)
     groups = [{"params": student[:-1].parameters(), "lr": lr}, {"params": student[-1].parameters(), "lr": head_lr}]
-    optimizer = torch.optim.SGD(groups, momentum=0.9 if first else 0, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
+    optimizer = torch.optim.SGD(groups, momentum=0.9 if first else args.momentum, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=POWER)
 
-    teacher = pixelss.EMATeacher(student)
-    region, bank = pixelss.ClassRegionMask(), pixelss.PrototypeBank(data.folder.num_classes).to(args.device)
+    teacher = pixelss.EMATeacher(student, momentum=args.alpha)
+    region = pixelss.ClassRegionMask(args.threshold)
+    bank = pixelss.PrototypeBank(data.folder.num_classes).to(args.device)
     rcl, mal = pixelss.RegionalContrastiveLoss(form=args.form), pixelss.MultiScaleAttentiveLoss()
     student.train()
     torch.manual_seed(seed)
@@ -190,9 +210,9 @@ def score(model: nn.Module, data: Data, args: argparse.Namespace, desc: str) -> 
     return [*percent, whole.thresholds[whole.best].item(), *(100 * s.miou.max().item() for s in single)]
 
 
-def against_control(results: dict[str, list[list[float]]], row: str) -> list[float]:
-    """The row's mIoU less control's, seed by seed."""
-    return [run[0] - control[0] for run, control in zip(results[row], results["control"], strict=True)]
+def against_control(results: dict[str, list[list[float]]], row: str, column: int = 0) -> list[float]:
+    """The row's mIoU, or another column, less control's, seed by seed."""
+    return [run[column] - control[column] for run, control in zip(results[row], results["control"], strict=True)]
 
 
 def mean(values: Sequence[float], sign: str = "") -> str:
@@ -222,7 +242,7 @@ def print_table(results: dict[str, list[list[float]]], images: int) -> None:
 
 
 def in_words(results: dict[str, list[list[float]]]) -> str:
-    """Say whether a row with blocks is above control, by how much, and how sure that is."""
+    """Say whether a row with blocks is above control, by how much, how sure that is, and at which scale most."""
     gains = {row: against_control(results, row) for row in results if "+" in row}
     best, gain = max(gains.items(), key=lambda item: statistics.fmean(item[1]))
     points = round(statistics.fmean(gain), 1)
@@ -231,9 +251,11 @@ def in_words(results: dict[str, list[list[float]]]) -> str:
     if points <= 0:
         how = f"{-points:.1f} below" if points else "level with it"
         return f"No row beats control: {best}, the best, is {how}; {trust}."
-    if min(gain) <= 0:
-        return f"{best} is {points:.1f} points above control, but not in every seed: {by_seed}."
-    return f"{best} is {points:.1f} points above control, the best row; {trust}."
+    sure = "the best row; " + trust if min(gain) > 0 else "but not in every seed: " + by_seed
+    at_scales = {scale: against_control(results, best, 4 + k) for k, scale in enumerate(SCORE_SCALES)}
+    scale, most = max(at_scales.items(), key=lambda item: statistics.fmean(item[1]))
+    at_best = f"Its best single scale against control is x{scale}: {mean_and_spread(most, '+')}."
+    return f"{best} is {points:.1f} points above control, {sure}.\n{at_best}"
 
 
 def save_picture(
@@ -271,6 +293,7 @@ def main() -> None:
         report = {"setting": vars(args), "results": results}
         (args.out / "results.json").write_text(json.dumps(report, indent=1, default=str))
     print_table(results, len(data.scored))
+    print(pace(args))
     thresholds = {row: runs[-1][3] for row, runs in results.items()}  # of the last seed, as the models are
     save_picture(models, thresholds, data, args)
     print("picture:", args.out / "quickstart.png")

@@ -17,7 +17,7 @@ VOC_MINI = Path(os.environ.get("PIXELSS_VOC_MINI", Path(__file__).parent.parent.
 ROWS = ["baseline", "control", "+RCM", "+MAM", "+RCM+MAM"]
 sys.path.insert(0, str(EXAMPLES))
 
-from quickstart import in_words, print_table, read_data  # noqa: E402
+from quickstart import in_words, pace, parse_args, print_table, read_data  # noqa: E402
 from shapes import CLASSES, VOID, write_shapes  # noqa: E402
 
 from pixelss.viz import voc_palette  # noqa: E402
@@ -39,7 +39,8 @@ def check_outputs(out: Path, table: str, seeds: int) -> None:
     assert "in per cent" in lines[0]
     assert [line.split()[0] for line in lines[3:8]] == ROWS
     assert "control" in lines[8]
-    assert max(map(len, lines[:9])) <= 80
+    assert lines[-2].startswith("Rows: 2 iterations")
+    assert max(map(len, lines[:-1])) <= 80  # but for the picture's path
     with Image.open(out / "quickstart.png") as picture:
         assert picture.size[0] > 500
 
@@ -58,34 +59,67 @@ def test_quickstart_on_photographs(tmp_path):
 
 
 def results_of(**gains: list[float]) -> dict[str, list[list[float]]]:
-    """Results of rows that lie so many points above a control of 60, seed by seed; `_` stands for `+`."""
+    """Results of rows so many points above a control of 60, twice as many at scale 1.0; `_` stands for `+`."""
     seeds = len(next(iter(gains.values())))
     rows = {"baseline": [0.0] * seeds, "control": [0.0] * seeds}
     rows |= {name.replace("_", "+"): values for name, values in gains.items()}
-    return {row: [[60 + value, 70, 80, 0.4, 50, 51, 52, 53] for value in values] for row, values in rows.items()}
+    return {row: [[60 + gain, 70, 80, 0.4, 50, 51 + 2 * gain, 52, 53] for gain in gains] for row, gains in rows.items()}
 
 
 @pytest.mark.parametrize(
     ("gains", "words"),
     [
-        ({"_RCM": [-0.1], "_MAM": [1.1]}, "+MAM is 1.1 points above control, the best row; one seed."),
-        ({"_RCM": [-0.3], "_MAM": [-2]}, "No row beats control: +RCM, the best, is 0.3 below; one seed."),
-        ({"_RCM": [-0.04], "_MAM": [-2]}, "No row beats control: +RCM, the best, is level with it; one seed."),
-        ({"_MAM": [0.5, 1.1]}, "+MAM is 0.8 points above control, the best row; seeds +0.5 to +1.1."),
-        ({"_RCM_MAM": [-0.04, 1]}, "+RCM+MAM is 0.5 points above control, but not in every seed: +0.0 to +1.0."),
+        ({"_RCM": [-0.1], "_MAM": [1.1]}, ["+MAM is 1.1 points above control, the best row; one seed.", "+2.2"]),
+        ({"_RCM": [-0.3], "_MAM": [-2]}, ["No row beats control: +RCM, the best, is 0.3 below; one seed."]),
+        ({"_RCM": [-0.04], "_MAM": [-2]}, ["No row beats control: +RCM, the best, is level with it; one seed."]),
+        (
+            {"_MAM": [0.5, 1.1]},
+            ["+MAM is 0.8 points above control, the best row; seeds +0.5 to +1.1.", "+1.6±0.6"],
+        ),
+        (
+            {"_RCM_MAM": [-0.04, 1]},
+            ["+RCM+MAM is 0.5 points above control, but not in every seed: +0.0 to +1.0.", "+1.0±1.0"],
+        ),
         (
             {"_RCM_MAM": [-14.4, -11]},
-            "No row beats control: +RCM+MAM, the best, is 12.7 below; seeds -14.4 to -11.0.",
+            ["No row beats control: +RCM+MAM, the best, is 12.7 below; seeds -14.4 to -11.0."],
         ),
     ],
 )
-def test_the_last_line_says_what_the_table_says(gains, words, capsys):
+def test_the_last_lines_say_what_the_table_says(gains, words, capsys):
     results = results_of(**gains)
-    assert in_words(results) == words
+    expected = [words[0], *(f"Its best single scale against control is x1.0: {most}." for most in words[1:])]
+    assert in_words(results).splitlines() == expected
     print_table(results, 120)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == words
+    assert lines[3 + len(results) :] == expected  # after three lines of heading
     assert max(map(len, lines)) <= 80
+
+
+def settings(monkeypatch, *arguments: str) -> Namespace:
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *arguments])
+    return parse_args()
+
+
+def test_the_teacher_lags_as_the_paper_s_whatever_the_rate(monkeypatch):
+    default = settings(monkeypatch)
+    assert default.alpha == pytest.approx(1 - default.lr / (1 - default.momentum) / 3.3)
+    slow = settings(monkeypatch, "--lr", "0.01", "--momentum", "0", "--iterations", "1")
+    assert slow.alpha == pytest.approx(0.997, abs=1e-4)  # the paper's
+    assert pace(slow) == "Rows: 1 iterations, distance 0.0, lag 3.3 (in the paper 68 and 3.3)."
+    own = settings(monkeypatch, "--lr", "0.03", "--alpha", "0.98", "--iterations", "100")
+    assert own.alpha == 0.98
+    assert "distance 15.9, lag 15.0" in pace(own)
+    assert "lag inf" in pace(settings(monkeypatch, "--alpha", "1"))
+
+
+def test_published_weights_are_trained_gently(monkeypatch):
+    weighted = ["--backbone", "resnet18", "--weights", "resnet18.pth"]
+    assert [getattr(settings(monkeypatch, *weighted), name) for name in ("lr", "warmup_lr")] == [0.005, 0.005]
+    assert settings(monkeypatch, *weighted, "--lr", "0.01").lr == 0.01
+    assert settings(monkeypatch).lr == settings(monkeypatch).warmup_lr == 0.02
+    with pytest.raises(SystemExit):
+        settings(monkeypatch, "--momentum", "1")
 
 
 def test_the_table_shows_differences_and_spreads(capsys):
