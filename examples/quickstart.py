@@ -4,7 +4,9 @@
     python examples/quickstart.py --data VOC2012 --backbone resnet38 --weights resnet38.params --device cuda
 
 One baseline is trained per seed on the classification loss; every row of the table continues from that checkpoint
-for the same number of iterations over the same batches, so that rows differ in their losses alone.
+for the same number of iterations over the same batches, so that rows differ in their losses alone. The rows' setting
+was chosen on the generator's seeds 11 and 12 (python examples/shapes.py DIR --seed 11, then --data DIR); the images
+drawn here are seed 0.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     add("--warmup", type=int, default=300, help="iterations of the baseline")
     add("--iterations", type=int, default=100, help="iterations of every row after it")
     add("--warmup-lr", type=float, help="of the baseline: momentum 0.9, head x10 on weights; 0.02, with weights 0.005")
-    add("--lr", type=float, help="of the rows: head x1, poly decay; 0.02, with weights 0.005")
+    add("--lr", type=float, help="of the rows: head x1, poly decay; 0.01, with weights 0.005")
     add("--momentum", type=float, default=0.9, help="of the rows' SGD")
     add("--alpha", type=float, help="the teacher's momentum; default: what keeps the paper's lag, 3.3")
     add("--threshold", type=float, default=0.4, help="of the region mask: best where the CAMs' own best threshold is")
@@ -70,8 +72,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.weights and args.backbone == "small":
         parser.error("--weights is of a published backbone: name it with --backbone")
-    rate = 0.005 if args.weights else 0.02
-    args.warmup_lr, args.lr = (rate if given is None else given for given in (args.warmup_lr, args.lr))
+    if args.warmup_lr is None:
+        args.warmup_lr = 0.005 if args.weights else 0.02
+    if args.lr is None:
+        args.lr = 0.005 if args.weights else 0.01
     if not 0 <= args.momentum < 1:
         parser.error(f"--momentum must be at least 0 and below 1, but is {args.momentum}")
     if args.alpha is None:
