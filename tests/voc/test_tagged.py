@@ -51,6 +51,14 @@ def test_images_anywhere_are_found_by_path_or_name_with_or_without_suffix(tmp_pa
         data.stems("train")
 
 
+@pytest.mark.parametrize(("stored", "written"), [("K\u00e4fer", "Ka\u0308fer"), ("Ka\u0308fer", "K\u00e4fer")])
+def test_two_systems_write_one_accent_in_two_ways(tmp_path, stored, written):
+    write_images(tmp_path, f"in/{stored}.jpg")
+    data = folder_of(tmp_path, f"image,tags\n{written}.jpg,{written}\n")
+    assert data.image(f"in/{stored}").shape == (4, 6, 3)
+    assert data.classes == ["K\u00e4fer"]
+
+
 def test_rows_that_cannot_be_meant_name_their_line(tmp_path):
     write_images(tmp_path, "one/a.jpg", "two/a.jpg", "b.jpg", "b.png")
     for rows, message in (
