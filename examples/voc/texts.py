@@ -12,7 +12,7 @@ import re
 import unicodedata
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -140,7 +140,8 @@ def read_names(path: Path) -> set[str]:
 def read_tags(path: Path) -> list[Row]:
     """Return the rows of a table with the columns image and tags, parted by commas, semicolons or tabs.
 
-    Tags of one image stand in one cell, with blanks, commas or semicolons between them; a name holds none of these.
+    Tags of one image stand in one cell, with commas or semicolons between them: "polar bear, dog". In a table
+    without any of those in its cells blanks part them: "cat dog".
     """
     text = _text(path)
     first = text.partition("\n")[0].strip()
@@ -172,11 +173,11 @@ def read_tags(path: Path) -> list[Row]:
                 raise BadFileError(f"{where} must name an image, but is {cells}.")
             if image in found:
                 raise BadFileError(f"{where} repeats the image {image} of line {found[image].line}.")
-            tags = dict.fromkeys(_clean(tag) for tag in re.split(r"[\s,;]+", values["tags"]) if tag)
-            found[image] = Row(rows.line_num, image, list(tags))
+            found[image] = Row(rows.line_num, image, [values["tags"]])
     if not found:
         raise BadFileError(f"{path} lists no image.")
-    return list(found.values())
+    parted = r"[,;]" if any(re.search(r"[,;]", row.tags[0]) for row in found.values()) else r"\s"
+    return [row._replace(tags=_names(re.split(parted, row.tags[0]))) for row in found.values()]
 
 
 def multi_hot(names: Collection[str], classes: Sequence[str], where: str, source: str) -> Tensor:
@@ -184,6 +185,10 @@ def multi_hot(names: Collection[str], classes: Sequence[str], where: str, source
     if unknown := sorted(set(names) - set(classes)):
         raise BadFileError(f"{where} names {unknown}, but the classes are {list(classes)}: correct {source}.")
     return torch.tensor([float(name in names) for name in classes])
+
+
+def _names(parts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(" ".join(name.split()) for part in parts if (name := _clean(part))))
 
 
 def _lines(path: Path) -> list[str]:

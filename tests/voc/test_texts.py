@@ -163,6 +163,11 @@ def test_tables_of_tags(tmp_path, text):
     ]
 
 
+def test_names_of_several_words_need_a_comma_somewhere_in_the_table(tmp_path):
+    (tmp_path / "tags.csv").write_text('image,tags\n0.jpg,"polar  bear, dog"\n1.jpg,polar bear\n')
+    assert [list(row.tags) for row in read_tags(tmp_path / "tags.csv")] == [["polar bear", "dog"], ["polar bear"]]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
