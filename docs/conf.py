@@ -183,10 +183,11 @@ def _from_docs(path: Path, target: str, anchor: str) -> str:
 
 
 def bind_equations(app: Any, doctree: nodes.document) -> None:
-    """Keep "Eq. 5" on one line in headings, and so in the sidebar and in lists of pages."""
+    """Keep "Yoon Eq. 5" on one line in headings, and so in the sidebar and in lists of pages."""
     for title in doctree.findall(nodes.title):
         for text in list(title.findall(nodes.Text)):
-            text.parent.replace(text, nodes.Text(re.sub(r"Eq\. (?=\d)", "Eq.\N{NO-BREAK SPACE}", text)))
+            bound = re.sub(r" ?Eq\. (?=\d)", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+            text.parent.replace(text, nodes.Text(bound))
 
 
 def link_names(app: Any, doctree: nodes.document) -> None:
