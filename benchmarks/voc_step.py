@@ -204,7 +204,9 @@ def main() -> None:
         if "compiled" in row and not cuda:
             continue  # minutes of compiling that tell nothing about a GPU
         command = [sys.executable, *sys.argv, "--one", row]
-        child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        child = subprocess.run(command, capture_output=True, text=True)  # its bars would drown the table in a log
+        if child.returncode:
+            raise SystemExit(child.stderr)
         figures[row] = one = json.loads(child.stdout.splitlines()[-1])
         speed = one["tflop"] / one["seconds"] if "tflop" in one else None
         cells = [f"{1e3 * one['seconds']:>9.1f} ms", f"{one['images'] / one['seconds']:>10.1f}"]
