@@ -11,14 +11,15 @@ def uniform(*shape: int, like: Tensor, generator: torch.Generator | None) -> Ten
 
     They are drawn on the generator's own device, without waiting: one on the CPU gives the same draws for all devices.
     """
-    _check_generator(generator)
+    check_generator(generator)
     if generator is None:  # a call of its own: torch.compile knows no sizes that vary where a generator is given
         return torch.rand(shape, device=like.device, dtype=torch.float32)
     draws = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)
     return draws.to(like.device, non_blocking=True)
 
 
-def _check_generator(generator: object) -> None:
+def check_generator(generator: object) -> None:
+    """Raise unless `generator` is one of torch's or None."""
     if not isinstance(generator, torch.Generator | None):
         was = type(generator).__name__
         raise TypeError(

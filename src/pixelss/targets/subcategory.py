@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pixelss._checks import TAGS_HINT, check_count, check_multi_hot, check_tensor
 from pixelss._dtype import full_precision, promote
+from pixelss._random import check_generator
 
 _STARTS, _ITERATIONS = 10, 300  # of k-means; the best start counts
 
@@ -48,8 +49,7 @@ def subcategory_tags(
     B, _ = check_tensor("features", features, "BD", hint="Pool them first: features.mean((2, 3)).")
     _, N = check_tensor("tags", tags, "BN", kind="any", like=features, hint=TAGS_HINT, B=B)
     check_count("clusters", clusters)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, but is of type {type(generator).__name__}.")
+    check_generator(generator)
     check_multi_hot(tags)
     x = promote(features)
     if not bool(x.isfinite().all()):
