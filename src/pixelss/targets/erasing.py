@@ -57,7 +57,7 @@ def choose_class(tags: Tensor, *, generator: torch.Generator | None = None) -> T
         (B, N) -> (B, N) one-hot, in the tags' dtype; zeros where an image has no tag.
 
     Raises:
-        TypeError, ValueError: tags of another rank; a `generator` that is none.
+        TypeError, ValueError: tags of another rank; another generator than torch's.
 
     Reference:
         Kweon 2021, "Unlocking the Potential of Ordinary Classifier", its random choice of the target class.

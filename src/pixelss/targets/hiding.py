@@ -27,7 +27,8 @@ def complementary_pair(
         (B, C, H, W) -> (B, C, H, W), (B, C, H, W), (B,): the share of the pixels, float32 for half-precision images.
 
     Raises:
-        TypeError, ValueError: images of another rank or dtype kind; a setting out of range; a `generator` that is none.
+        TypeError, ValueError: images of another rank or dtype kind; a setting out of range; another generator
+            than torch's.
 
     Reference:
         Zhang 2021, "Complementary Patch for Weakly Supervised Semantic Segmentation", its CP pair.
