@@ -56,7 +56,10 @@ def test_means_along_an_axis():
     values, valid = noise(2, 3, 4), noise(3, 4) > 0
     valid[1] = False
     expected = [[one[row].mean() if row.any() else 0 for one, row in zip(x, valid, strict=True)] for x in values]
-    torch.testing.assert_close(mean_over(values, valid, dim=-1), torch.tensor(expected, dtype=values.dtype))
+    expected = torch.tensor(expected, dtype=values.dtype)
+    torch.testing.assert_close(mean_over(values, valid, dim=-1), expected)
+    square = (one.reshape(2, 3, 2, 2) for one in (values, valid.expand_as(values)))
+    torch.testing.assert_close(mean_over(*square, dim=(2, 3)), expected)
 
 
 def test_class_maps_are_one_hot():

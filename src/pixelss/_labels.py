@@ -19,7 +19,7 @@ def valid_pixels(mask: Tensor, num_classes: int, ignore_index: int) -> tuple[Ten
     return mask.where(valid, 0), valid
 
 
-def mean_over(values: Tensor, valid: Tensor, dim: int | None = None) -> Tensor:
+def mean_over(values: Tensor, valid: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
     """Return the mean of `values` where `valid`, along `dim` or of all: zero, on the graph, where that is nowhere."""
     return values.where(valid, 0).sum(dim) / valid.sum(dim).clamp(min=1)
 

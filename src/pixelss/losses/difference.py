@@ -48,9 +48,8 @@ def difference_loss(logits: Tensor, knowledge: Tensor, advice: Tensor, flags: Te
     valid, differ = known & advised, before != after
     z = promote(logits)[:, 0]
     loss = binary_cross_entropy_with_logits(z, differ.to(z.dtype), reduction="none")
-    parts = valid & ~differ, valid & differ
-    halves = [loss.where(part, 0).sum((1, 2)) / part.sum((1, 2)).clamp(min=1) / 2 for part in parts]  # (B,) each
+    equal, other = (mean_over(loss, part, (1, 2)) for part in (valid & ~differ, valid & differ))  # (B,) each
     counted = valid.any(2).any(1)
     if flags is not None:
         counted = counted & ~(flags > 0).any(1)
-    return mean_over(halves[0] + halves[1], counted)
+    return mean_over((equal + other) / 2, counted)

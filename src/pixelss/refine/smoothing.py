@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pixelss._checks import check_number, check_tensor
 from pixelss._dtype import activation
+from pixelss._labels import mean_over
 
 
 def variation_smoothing(cam: Tensor, *, threshold: float = 0.05, strength: float = 0.3) -> Tensor:
@@ -38,9 +39,8 @@ def variation_smoothing(cam: Tensor, *, threshold: float = 0.05, strength: float
     check_number("strength", strength, low=0, high=torch.finfo(torch.float32).max)
     cam = activation(cam)
     seen = cam > threshold
-    count = seen.sum((2, 3), keepdim=True).clamp(min=1)
-    mean = cam.where(seen, 0).sum((2, 3), keepdim=True) / count  # (B, N, 1, 1)
-    variance = (cam - mean).where(seen, 0).square().sum((2, 3), keepdim=True) / count
+    mean = mean_over(cam, seen, (2, 3))[:, :, None, None]
+    variance = mean_over((cam - mean).square(), seen, (2, 3))[:, :, None, None]
     uneven = variance > 0  # the root of 0 has no gradient
     deviation = variance.where(uneven, 1).sqrt().where(uneven, 0)
     variation = (strength * deviation / mean.where(mean > 0, 1)).clamp(max=1)

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from pixelss._checks import TAGS_HINT, check_count, check_tensor
 from pixelss._distributed import sum_over_processes
 from pixelss._dtype import activation, full_precision, promote
+from pixelss._labels import mean_over
 
 _MOMENTUM = 0.9
 
@@ -94,7 +95,7 @@ class IntraClassDirection(nn.Module):
             pulls = einsum(own, features.to(own.dtype), "b n h w, b d h w -> n d") / (h * w)
         energy = own.square().sum((0, 2, 3)) / (h * w)
         cam = activation(cam).relu().to(scores.dtype)
-        sides = [_mean_over(cam, side) for side in (scores > 0, scores < 0)]  # of each image: (B, N)
+        sides = [mean_over(cam, side, (2, 3)) for side in (scores > 0, scores < 0)]  # of each image: (B, N)
         seen = torch.stack([*(x.where(present, 0) for x in sides), present.to(scores.dtype)]).sum(1)  # (3, N)
 
         total = sum_over_processes(torch.cat([pulls, energy[:, None], seen.mT], 1))  # (N, D + 4)
@@ -136,8 +137,3 @@ class IntraClassDirection(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings for the module's repr."""
         return f"num_classes={self.num_classes}, dim={self.dim}"
-
-
-def _mean_over(maps: Tensor, where: Tensor) -> Tensor:
-    """Return the mean of each map over its own pixels `where`, zero without one."""
-    return maps.where(where, 0).sum((-2, -1)) / where.sum((-2, -1)).clamp(min=1)
