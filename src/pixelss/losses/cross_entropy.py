@@ -76,10 +76,7 @@ def balanced_cross_entropy(logits: Tensor, mask: Tensor, *, ignore_index: int = 
         >>> balanced_cross_entropy(logits, torch.tensor([[[0, 0, 0, 1]]]))  # 2 log(2), however few show the class
         tensor(1.3863)
     """
-    B, K, H, W = check_tensor("logits", logits, "BKHW")
-    check_tensor("mask", mask, "BHW", kind="integer", like=logits, hint="Resize the logits to it.", B=B, H=H, W=W)
-    label, valid = valid_pixels(mask, K, ignore_index)
-    loss = -promote(logits).log_softmax(1).gather(1, label[:, None]).squeeze(1)
+    loss, label, valid = _pixel_losses(logits, mask, ignore_index)
     return mean_over(loss, valid & (label == 0)) + mean_over(loss, valid & (label > 0))
 
 
@@ -123,14 +120,11 @@ def underfit_cross_entropy(
         >>> underfit_cross_entropy(logits, mask, start=2.0)
         tensor(0.1341)
     """
-    B, K, H, W = check_tensor("logits", logits, "BKHW")
-    check_tensor("mask", mask, "BHW", kind="integer", like=logits, hint="Resize the logits to it.", B=B, H=H, W=W)
     check_choice("kind", kind, ("clamp", "pow", "ignore"))
     largest = torch.finfo(torch.float32).max
     for name, value in (("start", start), ("limit", limit)):
         check_number(name, value, low=0, high=largest)
-    label, valid = valid_pixels(mask, K, ignore_index)
-    loss = -promote(logits).log_softmax(1).gather(1, label[:, None]).squeeze(1)
+    loss, _, valid = _pixel_losses(logits, mask, ignore_index)
     loss = loss.where(valid, 0)
     if kind == "clamp":
         spared = loss.clamp(max=limit)
@@ -141,3 +135,12 @@ def underfit_cross_entropy(
     count = max(1, loss.numel())
     mean = loss.sum() / count
     return torch.where(mean < start, spared.sum() / count, mean)
+
+
+def _pixel_losses(logits: Tensor, mask: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the cross-entropy of every pixel, its label and whether it is valid; what is void counts as background."""
+    B, K, H, W = check_tensor("logits", logits, "BKHW")
+    check_tensor("mask", mask, "BHW", kind="integer", like=logits, hint="Resize the logits to it.", B=B, H=H, W=W)
+    label, valid = valid_pixels(mask, K, ignore_index)
+    loss = -promote(logits).log_softmax(1).gather(1, label[:, None]).squeeze(1)
+    return loss, label, valid
