@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pixelss._checks import check_count, check_number, check_tensor
 from pixelss._dtype import promote
-from pixelss._labels import valid_pixels
+from pixelss._labels import class_maps, valid_pixels
 
 _HINT = "Two label maps of the same images, before and after."
 
@@ -15,15 +15,15 @@ _HINT = "Two label maps of the same images, before and after."
 def lost_classes(
     knowledge: Tensor, advice: Tensor, num_classes: int, *, share: float = 0.5, ignore_index: int = 255
 ) -> Tensor:
-    """Return the classes that keep less than `share` of their pixels from one label map to the next, a CRF's say.
+    """Return the classes that shrink to less than `share` of their area from one label map to the next, a CRF's say.
 
-    The background counts as a class. A class that `knowledge` does not show has lost nothing.
+    Where they lie does not matter. The background counts as a class; one that `knowledge` lacks has lost nothing.
 
     Args:
         knowledge: label map in 0..N, before; `ignore_index` and values out of range are void, and no class has them.
         advice: after.
         num_classes: foreground classes N.
-        share: of its pixels that a class must keep, in [0, 1].
+        share: of its area that must be left to a class, in [0, 1].
         ignore_index: void in both.
 
     Shape:
@@ -43,11 +43,10 @@ def lost_classes(
     check_tensor("advice", advice, "BHW", kind="integer", like=knowledge, hint=_HINT, B=B, H=H, W=W)
     check_count("num_classes", num_classes)
     check_number("share", share, low=0, high=1)
-    classes = torch.arange(num_classes + 1, device=knowledge.device)[:, None, None]
 
     def areas(mask: Tensor) -> Tensor:
         label, valid = valid_pixels(mask, num_classes + 1, ignore_index)
-        return ((label[:, None] == classes) & valid[:, None]).sum((2, 3)).double()  # (B, K)
+        return (class_maps(label, num_classes + 1) & valid[:, None]).sum((2, 3)).double()  # (B, K)
 
     return areas(advice) < share * areas(knowledge)
 
@@ -74,7 +73,7 @@ def merge_by_difference(
         advice_logits: the same, told from the advice.
         flags: None, or the classes that the advice has lost, from `lost_classes`; flagged where > 0.
         bias: in favour of the advice, in [-1, 1].
-        background: in favour of the foreground in the knowledge and of the background in the advice, in [-1, 1].
+        background: in favour of the background, in whichever map it is, in [-1, 1].
 
     Shape:
         (B, H, W), (B, H, W), (B, 1, H, W), (B, 1, H, W), (B, K) -> (B, H, W) int64.
