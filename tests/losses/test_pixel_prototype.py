@@ -159,6 +159,16 @@ def test_an_untagged_class_counts_where_it_scores():
     assert pixel_prototype_loss(first, second, tags) > loss  # one more to be confused with
 
 
+def test_more_classes_than_255():
+    features, scores = torch.rand(2, 1, 4, 3, 3), torch.rand(2, 1, 300, 3, 3)
+    scores[:, :, 280] = 2
+    first, second = zip(features, scores, strict=True)
+    tags = torch.zeros(1, 300).index_fill(1, torch.tensor([254, 280]), 1)
+    swapped = [(x, torch.cat([s[:, 280:281], s[:, :280], s[:, 281:]], 1)) for x, s in (first, second)]
+    expected = pixel_prototype_loss(*swapped, tags[:, [280, *range(280), *range(281, 300)]])
+    torch.testing.assert_close(pixel_prototype_loss(first, second, tags), expected)
+
+
 def test_one_class_alone_is_no_contrast():
     first, second, tags = views_of(make_batch())
     nothing = [(x.requires_grad_(), 0 * s) for x, s in (first, second)]

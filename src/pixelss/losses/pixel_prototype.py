@@ -74,7 +74,8 @@ def pixel_prototype_loss(
 
     def contrast(features: Tensor, labels_of: int, prototypes_of: int) -> Tensor:
         labels, (prototypes, filled) = targets[labels_of][0], targets[prototypes_of][1]
-        return regional_contrastive_loss(features, labels, prototypes, filled, temperature=temperature)
+        # nothing is void: 255, the default, may be a class
+        return regional_contrastive_loss(features, labels, prototypes, filled, temperature=temperature, ignore_index=-1)
 
     across_prototypes = contrast(first[0], 0, 1) + contrast(second[0], 1, 0)
     across_labels = contrast(first[0], 1, 0) + contrast(second[0], 0, 1)
