@@ -357,6 +357,14 @@ def test_logits_that_fit_to_the_last_bit_have_a_finite_gradient(kind):
     assert logits.grad.isfinite().all()
 
 
+def test_a_power_that_overflows_does_not_matter_before_it_begins():
+    logits = torch.tensor([-200.0, 200.0]).view(1, 2, 1, 1).requires_grad_()
+    loss = underfit_cross_entropy(logits, torch.zeros(1, 1, 1).long(), kind="pow", limit=20)
+    loss.backward()
+    assert loss == 400
+    assert logits.grad.flatten().tolist() == [-1, 1]
+
+
 @kinds
 def test_underfit_loss_gradcheck(kind):
     logits = noise(2, 3, 2, 3).requires_grad_()

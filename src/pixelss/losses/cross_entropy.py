@@ -126,15 +126,16 @@ def underfit_cross_entropy(
         check_number(name, value, low=0, high=largest)
     loss, _, valid = _pixel_losses(logits, mask, ignore_index)
     loss = loss.where(valid, 0)
+    count = max(1, loss.numel())
+    mean = loss.sum() / count
+    begun = (mean < start) & valid.any()
     if kind == "clamp":
         spared = loss.clamp(max=limit)
     elif kind == "pow":
-        spared = ((loss + 1e-9) ** limit).where(valid.any(), 0)
+        spared = (loss.where(begun, 0) + 1e-9) ** limit  # a large loss would overflow
     else:
         spared = loss.where(loss <= limit, 0)
-    count = max(1, loss.numel())
-    mean = loss.sum() / count
-    return torch.where(mean < start, spared.sum() / count, mean)
+    return torch.where(begun, spared.sum() / count, mean)
 
 
 def _pixel_losses(logits: Tensor, mask: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
