@@ -58,7 +58,10 @@ def _missing_files(config: Config, data: DataFolder, name: str, files: Files) ->
         lacking = [stem for stem in stems if not any(path.exists() for path in places(data, stem))]
         if len(lacking) > (0 if config.data.on_bad_file == "stop" else len(stems) - 1):
             first = " or ".join(map(str, places(data, lacking[0])))
-            faults.append(f"{len(lacking)} of {len(stems)} {what} of the list {name} are missing, the first: {first}.")
+            faults.append(
+                f"{len(lacking)} of {len(stems)} {what} of the list {name} are missing, the first: {first}. "
+                "Correct the list or table, or leave them out by --data.on_bad_file skip."
+            )
     return faults
 
 
@@ -104,6 +107,8 @@ def pace(cam: CAM, images: int) -> tuple[float, float]:
 
 def print_pace(cam: CAM, images: int) -> None:
     """Print lag and distance, and a warning where no training with such a lag was sound."""
+    if not (cam.rcm > 0 or cam.mam > 0 or cam.direct > 0):
+        return  # nothing learns from the teacher
     lag, distance = pace(cam, images)
     print(f"train_cam: the teacher lags by {lag:.1f}, the training goes {distance:.1f} far (the paper's: 3.3 and 68).")
     if lag > _LAG and (cam.rcm > 0 or cam.mam > 0):

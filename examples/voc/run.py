@@ -26,7 +26,7 @@ from data import BadFileError, open_data
 from parallel import barrier, process_group, rank
 from pipeline import LAST_OF_LABELS, STAGES
 from plan import missing, print_plan, tell
-from runfolder import UserError, log_stage, open_run, print_results
+from runfolder import UserError, log_stage, open_run, print_results, refuse_changes
 from stages import Run
 from storage import remove_checkpoints
 
@@ -42,7 +42,17 @@ def load_config(files: Sequence[Path], settings: Sequence[str] = ()) -> Config:
         values = parser.instantiate(parser.parse_args([*arguments, *settings]))
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UserError(str(error)) from error
-    return Config(**{name: value for name, value in vars(values).items() if name != "config"})
+    config = Config(**{name: value for name, value in vars(values).items() if name != "config"})
+    given = {word.removeprefix("--").partition("=")[0] for word in settings}
+    for section in ("cam", "affinity", "seg"):
+        epochs, replaced = f"{section}.schedule.epochs", f"{section}.schedule.iterations"
+        iterations = getattr(config, section).schedule.iterations
+        if epochs in given and replaced not in given and iterations is not None:
+            raise UserError(
+                f"--{epochs} must be given with --{replaced} null, or the latter alone: the config sets it to "
+                f"{iterations}, which takes the place of epochs."
+            )
+    return config
 
 
 def _settings_parser() -> jsonargparse.ArgumentParser:
@@ -178,7 +188,9 @@ def dry_run(options: argparse.Namespace, config: Config, root: Path) -> list[str
         print_plan(config, data, options.stages, finished)
         try:
             tell(config, data, [name for name in options.stages if name not in finished])
-        except BadFileError as error:
+            if data:
+                refuse_changes(config, data, root, options.out)
+        except (BadFileError, UserError) as error:
             faults.append(str(error))
         print("\n".join(["Missing:", *(f"- {fault}" for fault in faults)] if faults else ["Nothing is missing."]))
     return faults

@@ -29,6 +29,8 @@ from storage import remove_unfinished, write_atomic
 
 import pixelss
 
+_INPUTS = "inputs.json"
+
 
 class UserError(Exception):
     """What the user can mend; printed without a traceback."""
@@ -38,15 +40,28 @@ def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run
     """Make or reopen a run folder; another setting than a stage has begun with is refused, and named."""
     if config.deterministic:  # cuBLAS reads it at its first product, in whatever stage this start begins
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    settings = json.loads(json.dumps(asdict(config), default=str))  # tuples as lists, paths as strings
     environment = _environment(root, device)
     data = open_data(root, config.data)
+    settings, inputs = refuse_changes(config, data, root, out)
+    barrier()  # every process has compared before one writes
+    if rank() == 0:
+        remove_unfinished(out, below=False)  # of a killed process; a stage clears its own folder
+        write_atomic(out / "environment.json", json.dumps(environment, indent=1) + "\n")
+        write_atomic(out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        write_atomic(out / _INPUTS, json.dumps(inputs, indent=1) + "\n")
+    barrier()
+    return Run(config, data, out, device)
+
+
+def refuse_changes(config: Config, data: DataFolder, root: Path, out: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return settings and inputs as a run folder records them; raises where a stage in it has begun with others."""
+    settings = json.loads(json.dumps(asdict(config), default=str))  # tuples as lists, paths as strings
     inputs = _inputs(config, data)
-    record = out / "inputs.json"
+    record = out / _INPUTS
     kept = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     if (out / "config.yaml").is_file():
         before = decisive(yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")))
-        after = decisive(settings) | {"--data": environment["data"]}
+        after = decisive(settings) | {"--data": str(root.resolve())}
         before["--data"] = json.loads((out / "environment.json").read_text(encoding="utf-8"))["data"]
         both = kept.keys() & inputs.keys()  # what is absent now can have changed nothing
         before |= {name: kept[name] for name in both}
@@ -60,14 +75,7 @@ def open_run(config: Config, root: Path, out: Path, device: torch.device) -> Run
             raise UserError(
                 f"{out} was made with other settings; name another --out, or remove {remove}:\n" + "\n".join(lines)
             )
-    barrier()  # every process has compared before one writes
-    if rank() == 0:
-        remove_unfinished(out, below=False)  # of a killed process; a stage clears its own folder
-        write_atomic(out / "environment.json", json.dumps(environment, indent=1) + "\n")
-        write_atomic(out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-        write_atomic(record, json.dumps(kept | inputs, indent=1) + "\n")
-    barrier()
-    return Run(config, data, out, device)
+    return settings, kept | inputs
 
 
 def _inputs(config: Config, data: DataFolder) -> dict[str, str]:

@@ -71,7 +71,7 @@ def check_classes(names: Sequence[str], source: str) -> list[str]:
         )
     times = Counter(name.casefold() for name in classes)
     if repeated := [name for name in classes if times[name.casefold()] > 1]:
-        raise BadFileError(f"{source} must name every class once, but has {repeated}.")
+        raise BadFileError(f"{source} must name every class once, in one spelling, but has {repeated}.")
     if not classes or not all(classes):
         raise BadFileError(f"{source} must name one class or more, but has {classes}.")
     if len(classes) > _MOST_CLASSES:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-TAGS_HINT = "Tags are multi-hot over the foreground classes, without a background column."
+TAGS_HINT = "Tags are multi-hot over the CAMs' foreground classes, without a background column."
 _FLOAT32 = torch.finfo(torch.float32)
 _SLACK = 0.01
 _CASTS = {
@@ -101,6 +101,12 @@ def _missing_call(shape: Sequence[int], axes: str, sizes: dict[str, int]) -> str
     return ""
 
 
+def channels_hint(images: Tensor) -> str:
+    """Return the call that puts channels first, for a message, where the shape looks as if they were last."""
+    last = images.ndim == 4 and images.shape[-1] <= 4 < images.shape[1]
+    return " Do channels come last? Pass images.permute(0, 3, 1, 2)." if last else ""
+
+
 def check_maps(
     name: str,
     maps: Sequence[Tensor],
@@ -165,7 +171,10 @@ def check_images(images: Tensor, *, hint: str = "") -> tuple[int, int, int]:
     """Raise unless `images` are RGB levels (B, 3, H, W), uint8; returns B, H, W."""
     B, _, H, W = check_tensor("images", images, "BCHW", kind="any", hint=hint, C=3)
     if images.dtype != torch.uint8:
-        raise TypeError(f"images must be of dtype torch.uint8 (levels 0 to 255), but is {images.dtype}. Undo scaling.")
+        raise TypeError(
+            f"images must be of dtype torch.uint8 (levels 0 to 255), but is {images.dtype}. Of values in [0, 1] pass "
+            "(images * 255).round().to(torch.uint8), of levels images.round().to(torch.uint8); normalised ones undone."
+        )
     return B, H, W
 
 

@@ -109,7 +109,7 @@ class ConfusionMatrix(nn.Module):
         """
         hint = f"Class scores? Take their argmax over the class axis. {_DEVICE_HINT}"
         B, H, W = check_tensor("pred", pred, "BHW", kind="integer", like=self.counts, hint=hint)
-        check_tensor("target", target, "BHW", kind="integer", like=pred, hint=_DEVICE_HINT, B=B, H=H, W=W)
+        check_tensor("target", target, "BHW", kind="integer", like=pred, hint="Label maps of one size.", B=B, H=H, W=W)
         counts, wrong = joint_counts(target, self.num_classes, self.ignore_index, pred, self.num_classes)
         if wrong:
             K = self.num_classes

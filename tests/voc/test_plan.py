@@ -115,3 +115,12 @@ def test_estimate_is_what_resnet38_costs_a_pixel(shapes: Path) -> None:
 @pytest.mark.parametrize("name", ["paper.yaml", "mini.yaml"])
 def test_the_classes_of_the_settings_are_voc_s(name: str) -> None:
     assert tuple(load_config([VOC / name], []).data.classes or ()) == VOC_CLASSES
+
+
+def test_dry_run_tells_of_settings_that_the_run_folder_refuses(tmp_path: Path, shapes: Path, call: Call) -> None:
+    base = ("--data", shapes, "--out", tmp_path / "out", "--config", VOC / "demo.yaml")
+    (tmp_path / "out" / "train_cam").mkdir(parents=True)
+    (tmp_path / "out" / "train_cam" / "metrics.jsonl").write_text("begun")
+    call(main, *base, "--stages", "infer_cam", ok=False)
+    plan = call(main, *base, "--dry-run", "--cam.temperature", "0.3", "--stages", "train_cam", ok=False)
+    assert "cam.temperature: 0.5 -> 0.3" in plan

@@ -267,3 +267,10 @@ def test_all_stages_on_photographs(tiny: Path, tmp_path: Path, call: Call) -> No
     table = call(main, "--data", tmp_path / "set", "--out", tmp_path / "out", *base)
     assert "evaluate" in table
     assert "| aeroplane |" in (tmp_path / "out" / "evaluate" / "table.md").read_text()
+
+
+def test_epochs_beside_iterations_of_the_config_are_refused():
+    with pytest.raises(UserError, match=r"--cam\.schedule\.epochs must be given with --cam\.schedule\.iterations null"):
+        load_config([VOC / "demo.yaml"], ["--cam.schedule.epochs=10"])
+    config = load_config([VOC / "demo.yaml"], ["--cam.schedule.epochs", "10", "--cam.schedule.iterations", "null"])
+    assert (config.cam.schedule.epochs, config.cam.schedule.iterations) == (10, None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pixelss._checks import check_count, check_tensor
+from pixelss._checks import channels_hint, check_count, check_tensor
 from pixelss.backbones.files import read_weights, under_prefixes, unwrapped
 
 
@@ -230,5 +230,6 @@ class TimmBackbone(nn.Module):
                 fix = f"resize them to {self.size}, or build it with img_size=({H}, {W}) if it knows img_size"
             else:
                 raise
-            raise ValueError(f"{self.name} cannot take images of size ({H}, {W}): {fix}.") from error
+            fix += "." + channels_hint(images)
+            raise ValueError(f"{self.name} cannot take images of size ({H}, {W}): {fix}") from error
         return output

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pixelss._checks import check_tensor
+from pixelss._checks import channels_hint, check_tensor
 from pixelss._copies import unwrap
 from pixelss._dtype import promote
 from pixelss.cam.head import CAMOutput
@@ -137,7 +137,7 @@ class ClassifierCAM(nn.Module):
             raise ValueError(
                 f"model cannot take images of size ({H}, {W}): {_first_line(error)}. Resize or pad them to a size that "
                 f"it takes, such as {self._plan.size}; for other sizes build a ViT of timm with dynamic_img_size=True, "
-                "dynamic_img_pad=True, a windowed one with strict_img_size=False."
+                f"dynamic_img_pad=True, a windowed one with strict_img_size=False.{channels_hint(images)}"
             ) from error
         features = cells.permute(0, 3, 1, 2)
         cam = read_cells(self.model, self._plan.branches, features.permute(0, 2, 3, 1))  # on the graph of the features
