@@ -23,7 +23,7 @@ def joint_counts(target: Tensor, num_classes: int, ignore_index: int, index: Ten
     if wrong_target:
         bad = (target != ignore_index) & ((target < 0) | (target >= K))
         wanted = f"classes in 0..{K - 1} or ignore_index={ignore_index}"
-        hint = "num_classes counts the background. Is the value void? Pass it as ignore_index. Colours? Decode them."
+        hint = "num_classes counts the background. Is the value void? Pass it as ignore_index. Decode a colour mask."
         raise wrong_value("target", target[bad], wanted, hint)
     return counted[:, 1:-1], wrong_index > 0
 
