@@ -157,12 +157,17 @@ class CAM:
         ecr: weight of the equivariance of one view's CAMs and the other's refined ones, which takes a pixel correlation
             into the network; its CAMs are then inferred refined.
         minpool: weight of the activation of the pixels that are refined to the least, which takes it in as well.
+        erase: weight of OC-CSE's loss on images with one class erased; its classifier is the network of `start_from`.
+        hide: weight of CPN's losses of two images that hide each other's patches (1 there, as of the next three).
+        puzzle: weight of Puzzle-CAM's losses of an image's tiles.
+        ppc: weight of PPC's contrast of the two views' pixels, there beside SEAM's three losses.
+        icd: weight of ICD's discrimination within a class, on the CAMs.
         rcm_gate: when the contrastive (and the direct) loss starts.
         mam_gate: when the attentive loss starts.
         scales: of student and teacher.
         cls_scales: of the classification loss, a part of `scales`.
         mam_student_scales: of the student in the attentive loss, a part of `scales`; null: all; one for SMM.
-        view_scales: of the two views that SEAM's losses compare.
+        view_scales: of the two views that SEAM's and PPC's losses compare.
         attentive: false sets xi = 1 (MMM, SMM).
         form: of the contrastive loss: infonce, or ratio as Yoon Eq. 5 is printed.
         temperature: T.
@@ -178,6 +183,11 @@ class CAM:
     er: float = 0.0
     ecr: float = 0.0
     minpool: float = 0.0
+    erase: float = 0.0
+    hide: float = 0.0
+    puzzle: float = 0.0
+    ppc: float = 0.0
+    icd: float = 0.0
     rcm_gate: Gate = field(default_factory=Gate)
     mam_gate: Gate = field(default_factory=lambda: Gate(epochs=6))
     scales: Scales = (0.5, 1.0, 2.0)

@@ -22,14 +22,14 @@ import torch
 from batches import Samples
 from data import open_data
 from inference import autocast
-from networks import build_cam
+from networks import build_cam, load_start
 from parallel import process_group, rank, share
 from plan import print_pace
 from run import HERE, check, guarded, load_config
 from runfolder import UserError
 from stages import Run
 from tqdm import tqdm
-from train_cam import check_scales, load_start
+from train_cam import check_scales
 
 import pixelss
 

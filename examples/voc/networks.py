@@ -223,6 +223,21 @@ def load_trained(run: Run, stage: str) -> nn.Sequential:
     return network.eval().to(run.device).to(memory_format=torch.channels_last)  # as the images are
 
 
+def load_start(network: nn.Module, folder: Path) -> None:
+    """Load the weights of another run's finished train_cam folder.
+
+    A pixel correlation that only one of the two networks has stays untrained, or is left behind.
+    """
+    path = folder / "model.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"cam.start_from must be a finished train_cam folder, but {path} is missing.")
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    own = network.state_dict()
+    kept = {name: weight for name, weight in own.items() if ".correlation." in name and name not in weights}
+    theirs = {name: weight for name, weight in weights.items() if ".correlation." not in name or name in own}
+    network.load_state_dict(kept | theirs)
+
+
 def cam_inference(run: Run) -> Callable[[Tensor], pixelss.CAMOutput]:
     """Return the finished CAM network as CAMs are inferred with it: refined where it has learned a correlation."""
     network = load_trained(run, "train_cam")

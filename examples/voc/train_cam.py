@@ -6,19 +6,19 @@ loss = cls * L_cls + rcm * L_rcm + mam * L_mam + direct * L_direct + ..., each f
 from __future__ import annotations
 
 from functools import reduce
-from pathlib import Path
 
 import numpy as np
 import torch
 from batches import Batch, Samples
 from config import CAM, Config
 from data import BadFileError
-from networks import build_cam, to_tensor
+from field_terms import TERMS
+from networks import build_cam, load_start, to_tensor
 from numpy.typing import NDArray
 from parallel import shared_mean
 from PIL import Image
 from stages import IMAGES, TAGS, Run, Stage
-from terms import TERMS, Views, tags_mean
+from terms import Views, tags_mean
 from torch import Tensor, nn
 from training import pixels_trained, train, train_mode
 
@@ -120,21 +120,6 @@ def check_scales(config: CAM) -> None:
         raise ValueError(f"cam.view_scales must be two different scales, or both views are one, but is {first} twice.")
     if 1.0 not in config.scales and (config.rcm or config.direct):
         raise ValueError(f"cam.scales must hold 1.0, the scale of prototypes and masks, but is {config.scales}.")
-
-
-def load_start(network: nn.Module, folder: Path) -> None:
-    """Load the weights of another run's finished train_cam folder.
-
-    A pixel correlation that only one of the two networks has stays untrained, or is left behind.
-    """
-    path = folder / "model.pt"
-    if not path.is_file():
-        raise FileNotFoundError(f"cam.start_from must be a finished train_cam folder, but {path} is missing.")
-    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    own = network.state_dict()
-    kept = {name: weight for name, weight in own.items() if ".correlation." in name and name not in weights}
-    theirs = {name: weight for name, weight in weights.items() if ".correlation." not in name or name in own}
-    network.load_state_dict(kept | theirs)
 
 
 @torch.no_grad()
