@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,14 +76,19 @@ def score_cam(run: Run) -> None:
 
 
 def _sweep(run: Run, scale: float | None) -> dict[str, Any]:
+    name = "all scales" if scale is None else f"scale {scale:g}"
+    stems = run.data.stems(run.config.data.score)
+    return sweep_cams(run, stems, lambda stem: load_cam(cam_path(run, stem, scale), run.data.num_classes), desc=name)
+
+
+def sweep_cams(run: Run, stems: Sequence[str], cam_of: Callable[[str], Tensor], *, desc: str) -> dict[str, Any]:
     """Return the scores over all thresholds, and at the best one precision and recall (means over classes)."""
     sweep = pixelss.ThresholdSweep(run.data.num_classes).to(run.device)
 
     def read(stem: str) -> tuple[Tensor, Array]:
-        return load_cam(cam_path(run, stem, scale), run.data.num_classes), run.data.mask(stem)
+        return cam_of(stem), run.data.mask(stem)
 
-    name = "all scales" if scale is None else f"scale {scale:g}"
-    for ((_, (cam, mask)),) in shared_batches(run, run.data.stems(run.config.data.score), read, desc=name):
+    for ((_, (cam, mask)),) in shared_batches(run, stems, read, desc=desc):
         sweep.update(cam[None].to(run.device), _on_device(run, mask))
     scores = sweep.compute()
     best = {k: getattr(scores, k)[scores.best].item() for k in ("miou", "precision", "recall")}

@@ -6,7 +6,7 @@ NAME is one of {names}, or all. Every row is a run of its own, OUT/rows/ROW/seed
 a killed table continues, and tables share rows. Rows differ in their losses alone: data, schedule, classification
 scales and number of iterations are the config's. With --start FILE every row of a seed continues from one network that
 is trained with that config on top and without the modules. Writes OUT/NAME.md, .csv and .png, and the CAMs' mIoU over
-thresholds as OUT/NAME-curves.png.
+thresholds as OUT/NAME-curves.png. The table field has two more groups of rows (field.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import torch
 from config import Config
+from costs import watched
 from evaluate import paper_figures
+from field import CAPTION, field_groups, write_field
 from parallel import process_group, rank
 from PIL import Image
 from pipeline import STAGES
@@ -91,7 +93,7 @@ TABLES = {
     "field": Table(
         "The paper's modules beside the losses of other systems",
         ["baseline", "SEAM", "OC-CSE", "CPN", "Puzzle-CAM", "PPC", "ICD", "direct", "RCM", "MAM", "MAM+RCM"],
-        ["miou", "precision", "recall", "crf_miou", "par_miou"],
+        ["miou", "precision", "recall"],
     ),
 }
 
@@ -116,6 +118,9 @@ def run_row(
     same = next(name for name in ROWS if config_of(name) == config)  # a threshold of fig7 may be that of RCM
     check(config, root, stages)
     run = open_run(config, root, _folder(options.out, same, seed), device)
+    if not run.finished("train_cam"):
+        with watched(run, "train_cam"):
+            execute(run, ["train_cam"])
     execute(run, stages)
     return run
 
@@ -225,11 +230,12 @@ def caption_of(name: str, run: Run, seeds: list[int]) -> str:
     length = f"{cam.schedule.iterations} iterations" if cam.schedule.iterations else f"{cam.schedule.epochs:g} epochs"
     spread = f"mean of seeds {', '.join(map(str, seeds))} ± half their range" if len(seeds) > 1 else f"seed {seeds[0]}"
     start = ", from a network trained before" if cam.start_from else ""
+    ours = CAPTION.format(device=run.device.type) if name == "field" else "Paper: VOC 2012."
     return (
         f"{TABLES[name].title}: per cent on {split}.txt of {run.data.root.name} ({len(run.data.stems(split))} images), "
         f"{spread}; {config.network.backbone}, {length} of batch {cam.schedule.batch} at crop {cam.augment.crop}"
         f"{start}, classification loss at scales {', '.join(map(str, cam.cls_scales))}; CAM thresholds are the best on "
-        "the scored masks. Paper: VOC 2012."
+        f"the scored masks. {ours}"
     )
 
 
@@ -263,10 +269,14 @@ def make_table(name: str, options: argparse.Namespace, root: Path, device: torch
     """Run a table's rows and write it, its plot and its curves."""
     _, rows, _, stages = TABLES[name]
     runs = {row: [run_row(row, seed, stages, options, root, device) for seed in options.seeds] for row in rows}
+    groups = field_groups(runs) if name == "field" else {}
     if rank() == 0:
         figures = figures_of(name, runs)
         caption = caption_of(name, runs[rows[-1]][0], options.seeds)
-        print(write_table(name, figures, caption, options.seeds, options.out))
+        if groups:
+            print(write_field(groups, caption, options.seeds, options.out))
+        else:
+            print(write_table(name, figures, caption, options.seeds, options.out))
         plot(name, figures, runs, caption, options.out / f"{name}.png")
         plot_curves(runs, options.out / f"{name}-curves.png")
 
