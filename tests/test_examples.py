@@ -1,5 +1,6 @@
 """The examples, run as a user runs them, in a tiny setting."""
 
+import ast
 import hashlib
 import json
 import os
@@ -150,11 +151,13 @@ def step_of(path: Path) -> list[str]:
     """The eight statements of a training step that are ours, without what only some trainers need."""
     text = path.read_text()
     if path.suffix == ".ipynb":
-        text = "".join(line for cell in json.loads(text)["cells"] for line in cell["source"])
-    plain = text.replace("self.", "").replace(" / pixels", "").replace(" / pairs", "")
-    lines = [line.split("  #")[0].strip() for line in plain.splitlines()]
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        text = "\n".join("".join(cell["source"]) for cell in cells)
+    found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Assign, ast.Expr))]
+    plain = [ast.unparse(node).replace("self.", "") for node in sorted(found, key=lambda node: node.lineno)]
+    plain = [line.replace(" / pixels", "").replace(" / pairs", "") for line in plain]
     starts = ("student_out =", "loss =", "teacher_out =", "mask =", "bank.update(", "cams =")
-    return [line for line in lines if line.startswith(starts)][:8]
+    return [line for line in plain if line.startswith(starts)][:8]
 
 
 @pytest.mark.parametrize(
