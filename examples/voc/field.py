@@ -44,20 +44,24 @@ import pixelss
 Values = dict[str, float]
 Rows = dict[str, list[Values]]  # by the row's name, one a seed
 _FEW = 20  # scored images that are climbed on, evenly spaced in their list
-_BACKGROUNDS = [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6]  # that CRF and PAR are swept over
+_THRESHOLDS = [t / 100 for t in range(100)]  # up to 0.99: what a row does to its CAMs may put the best one anywhere
+_BACKGROUNDS = [t / 100 for t in range(10, 75, 5)]  # that CRF and PAR are swept over
+_SCORES = ("miou", "precision", "recall", "threshold")
 _COLUMNS = {
     "miou": "mIoU",
     "precision": "precision",
     "recall": "recall",
+    "threshold": "threshold",
     "few": f"mIoU of {_FEW} images",
     "seconds": "seconds",
     "megabytes": "peak MB",
 }
 CAPTION = (
-    f"The {_FEW} images are evenly spaced in the list. Seconds are the clock's on {{device}}, of steps the median over "
-    "the reports, loading included, of refinements with reading and scoring. Peak MB is the process's while the row "
-    f"trains, torch's own on CUDA. CRF and PAR stand beside a constant background, the best of {len(_BACKGROUNDS)} "
-    f"({_BACKGROUNDS[0]:g} to {_BACKGROUNDS[-1]:g}); what walks are the CAMs alone, normalised after it."
+    f"Thresholds go to {_THRESHOLDS[-1]:g}. The {_FEW} images are evenly spaced in the list. Seconds are clocked on "
+    "{device}, of steps the median over the reports, loading included, of refinements with reading and scoring. Peak "
+    "MB is the process's while the row trains, torch's own on CUDA. CRF and PAR stand beside a constant background, "
+    f"the best of {_BACKGROUNDS[0]:g}, {_BACKGROUNDS[1]:g} to {_BACKGROUNDS[-1]:g}; what walks are the CAMs alone, "
+    "normalised after it."
 )
 _PERCENT = ("miou", "precision", "recall", "few")
 
@@ -96,10 +100,10 @@ def refinements(run: Run) -> dict[str, Callable[[], Values]]:
 
 
 def _trained(run: Run) -> Values:
-    scores = json.loads((run.folder("score_cam") / "scores.json").read_text())
+    scores = _kept(run, "all", lambda: _swept(run, lambda stem: _cam(run, stem)))
     few = _kept(run, "few", lambda: _swept(run, lambda stem: _cam(run, stem), few=True))["few"]
     cost = {"seconds": seconds_a_step(run, "train_cam"), "megabytes": megabytes(run, "train_cam")}
-    return {**{name: scores[name] for name in ("miou", "precision", "recall")}, "few": few, **cost}
+    return {**{name: scores[name] for name in _SCORES}, "few": few, **cost}
 
 
 def _scored(run: Run, *, few: bool) -> Sequence[str]:
@@ -128,11 +132,11 @@ def _kept(run: Run, name: str, make: Callable[[], Values]) -> Values:
 def _swept(run: Run, cam_of: Callable[[str], Tensor], *, few: bool = False) -> Values:
     """Score CAMs at their best threshold."""
     stems, start = _scored(run, few=few), time.perf_counter()
-    scores: dict[str, Any] = sweep_cams(run, stems, cam_of, desc="field")
+    scores: dict[str, Any] = sweep_cams(run, stems, cam_of, desc="field", thresholds=_THRESHOLDS)
     if few:
         return {"few": scores["miou"]}
     seconds = (time.perf_counter() - start) / len(stems)
-    return {**{name: scores[name] for name in ("miou", "precision", "recall")}, "seconds": seconds}
+    return {**{name: scores[name] for name in _SCORES}, "seconds": seconds}
 
 
 def _masked(run: Run, settings: CRF | PAR) -> Values:
@@ -149,9 +153,10 @@ def _masked(run: Run, settings: CRF | PAR) -> Values:
         target = torch.from_numpy(truth)[None].to(run.device)
         for matrix, mask in zip(matrices, refined_masks(image, sets, tags, settings), strict=True):
             matrix.update(torch.from_numpy(mask)[None].to(run.device), target)
-    best = max((matrix.compute() for matrix in matrices), key=lambda scores: scores.miou.item())
+    scores = [matrix.compute() for matrix in matrices]
+    threshold, best = max(zip(_BACKGROUNDS, scores, strict=True), key=lambda pair: pair[1].miou.item())
     values = {name: getattr(best, name).nanmean().item() for name in ("miou", "precision", "recall")}
-    return {**values, "seconds": (time.perf_counter() - start) / len(stems) / len(_BACKGROUNDS)}
+    return {**values, "threshold": threshold, "seconds": (time.perf_counter() - start) / len(stems) / len(_BACKGROUNDS)}
 
 
 def _climbed(run: Run) -> Values:
@@ -181,8 +186,11 @@ def _climbed(run: Run) -> Values:
         if rank() == 0:
             write_atomic(spent, json.dumps(seconds))
     barrier()
-    scores = sweep_cams(run, stems, lambda stem: load_cam(folder / f"{stem}.png", run.data.num_classes), desc="AdvCAM")
-    return {"few": scores["miou"], "seconds": sum(seconds.values()) / max(1, len(seconds))}
+
+    def climbed(stem: str) -> Tensor:
+        return load_cam(folder / f"{stem}.png", run.data.num_classes)
+
+    return {**_swept(run, climbed, few=True), "seconds": sum(seconds.values()) / max(1, len(seconds))}
 
 
 def _with_affinities(run: Run, kind: str) -> Run:
@@ -256,4 +264,4 @@ def _shown(column: str, values: Sequence[float | None]) -> str:
     mean, half = sum(known) / len(known), (max(known) - min(known)) / 2
     if column in _PERCENT:
         return f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if len(known) > 1 else "")
-    return f"{mean:.2g}" if column == "seconds" else f"{mean:.0f}"
+    return f"{mean:.0f}" if column == "megabytes" else f"{mean:.2g}"

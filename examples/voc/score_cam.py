@@ -81,9 +81,16 @@ def _sweep(run: Run, scale: float | None) -> dict[str, Any]:
     return sweep_cams(run, stems, lambda stem: load_cam(cam_path(run, stem, scale), run.data.num_classes), desc=name)
 
 
-def sweep_cams(run: Run, stems: Sequence[str], cam_of: Callable[[str], Tensor], *, desc: str) -> dict[str, Any]:
+def sweep_cams(
+    run: Run,
+    stems: Sequence[str],
+    cam_of: Callable[[str], Tensor],
+    *,
+    desc: str,
+    thresholds: Sequence[float] | None = None,
+) -> dict[str, Any]:
     """Return the scores over all thresholds, and at the best one precision and recall (means over classes)."""
-    sweep = pixelss.ThresholdSweep(run.data.num_classes).to(run.device)
+    sweep = pixelss.ThresholdSweep(run.data.num_classes, thresholds=thresholds).to(run.device)
 
     def read(stem: str) -> tuple[Tensor, Array]:
         return cam_of(stem), run.data.mask(stem)
