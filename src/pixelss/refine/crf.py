@@ -131,12 +131,17 @@ def _mean_field(log_p: Tensor, kernels: list[PermutohedralLattice], iterations: 
     """Return Q (S, K, P) of S label sets, which the filters take as one, after `iterations` steps."""
     q = log_p.softmax(1)  # over a long last axis: a short one takes ten times as long
     for _ in range(iterations if kernels else 0):
-        rows = q.flatten(0, 1).mT.contiguous()  # (P, S K)
-        message = kernels[0].filter(rows)
-        for lattice in kernels[1:]:
-            message = message + lattice.filter(rows)
-        q = (message.mT.contiguous().view_as(log_p) + log_p).softmax(1)
+        q = _messages(q, kernels).add_(log_p).softmax(1)
     return q
+
+
+def _messages(q: Tensor, kernels: list[PermutohedralLattice]) -> Tensor:
+    """Return the sum of what the kernels make of Q (S, K, P)."""
+    rows = q.flatten(0, 1).mT.contiguous()  # (P, S K)
+    message = kernels[0].filter(rows)
+    for lattice in kernels[1:]:
+        message = message + lattice.filter(rows)
+    return message.mT.contiguous().view_as(q)
 
 
 def _pixels(size: int, like: Tensor) -> Tensor:
