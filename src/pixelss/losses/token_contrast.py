@@ -171,11 +171,11 @@ def token_affinity_loss(affinity: Tensor, mask: Tensor, *, radius: int = 8, igno
     near = ((y[:, None] - y).abs() <= radius) & ((x[:, None] - x).abs() <= radius)
     p = promote(affinity)
     sums: list[Tensor] = []
-    for b, one in enumerate(cells):
+    for one, image in zip(cells, p.unbind(), strict=True):  # p[b] would have a gradient of all images for each
         valid = (one >= 0)[:, None] & (one >= 0) & near
         same = valid & (one[:, None] == one)
         other = valid & ~same
-        parts = (1 - p[b]).where(same, 0).sum(), same.sum(), p[b].where(other, 0).sum(), other.sum()
+        parts = (1 - image).where(same, 0).sum(), same.sum(), image.where(other, 0).sum(), other.sum()
         sums.append(torch.stack([part.to(p.dtype) for part in parts]))
     alike, same_pairs, unlike, other_pairs = (torch.stack(sums).sum(0) if sums else p.sum().expand(4)).unbind()
     loss: Tensor = alike / (same_pairs + 1) / 2 + unlike / (other_pairs + 1) / 2
