@@ -284,3 +284,10 @@ def test_a_second_derivative_of_patch_contrast_is_refused():
     (slope,) = torch.autograd.grad(patch_token_contrast(x, MASK) ** 2, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
+
+
+def test_affinities_of_pairs_that_do_not_count_may_be_anything():
+    affinity, mask = torch.rand(1, 6, 6), torch.tensor([[[0, 1, 1], [2, 255, 0]]])
+    wild = affinity.clone()
+    wild[:, 4], wild[:, :, 4] = torch.nan, torch.inf
+    torch.testing.assert_close(token_affinity_loss(wild, mask), token_affinity_loss(affinity, mask))

@@ -55,27 +55,25 @@ class _PatchContrast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, cells: Tensor) -> Tensor:
-        same_pairs, other_pairs = features.new_zeros(()), features.new_zeros(())
-        for one in cells:  # counted first: the pairs of all images share a mean
-            same, both = _pairs_of(one)
-            same_pairs, other_pairs = same_pairs + same.sum(), other_pairs + (both & ~same).sum()
+        taken = ~torch.eye(cells.shape[1], dtype=torch.bool, device=cells.device)
+        scales = _scales(cells, taken, features)
         total = features.new_zeros(())
         with full_precision(features):
             for tokens, one in zip(features, cells, strict=True):
                 x, _ = _unit(tokens)
-                total = total + ((x.mT @ x).abs() * _weights(one, same_pairs, other_pairs)).sum()
-        ctx.save_for_backward(features, cells, same_pairs, other_pairs)
-        return total + torch.where(same_pairs > 0, 0.5, 0.0).to(features.dtype)
+                total = total + ((x.mT @ x).abs() * _weights(one, taken, scales)).sum()
+        ctx.save_for_backward(features, cells, taken, scales)
+        return total + torch.where(scales[2] > 0, 0.5, 0.0).to(features.dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]  # what is saved is a constant to autograd
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        features, cells, same_pairs, other_pairs = ctx.saved_tensors
+        features, cells, taken, scales = ctx.saved_tensors
         gradient = torch.zeros_like(features)
         with full_precision(features):
             for b, one in enumerate(cells):
                 x, length = _unit(features[b])
-                signs = (x.mT @ x).sign_().mul_(_weights(one, same_pairs, other_pairs))
+                signs = (x.mT @ x).sign_().mul_(_weights(one, taken, scales))
                 slope = 2 * grads[0] * (x @ signs)  # symmetric: p, q and q, p
                 gradient[b] = (slope - x * (x * slope).sum(0)) / length  # of a zero token: 0, as its slope
         return gradient, None
@@ -87,18 +85,28 @@ def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return tokens / length, length
 
 
-def _weights(cells: Tensor, same_pairs: Tensor, other_pairs: Tensor) -> Tensor:
-    """Return what every pair of an image counts in the loss, (P, P)."""
-    same, both = _pairs_of(cells)
-    zero = torch.zeros_like(same_pairs)
-    return torch.where(same, -1 / (same_pairs + 1) / 2, torch.where(both, 1 / (other_pairs + 1) / 2, zero))
+def _scales(cells: Tensor, taken: Tensor, like: Tensor) -> Tensor:
+    """Return what a pair of one class and another pair count in a loss, and how many the first are: (3,).
+
+    Counted over all images first, which share the means.
+    """
+    same_pairs, other_pairs = like.new_zeros(()), like.new_zeros(())
+    for one in cells:
+        same, both = _pairs_of(one, taken)
+        same_pairs, other_pairs = same_pairs + same.sum(), other_pairs + (both & ~same).sum()
+    return torch.stack([-1 / (same_pairs + 1) / 2, 1 / (other_pairs + 1) / 2, same_pairs])
 
 
-def _pairs_of(cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which pairs of an image's cells (P,) are of one class, and which count at all, (P, P) each."""
+def _weights(cells: Tensor, taken: Tensor, scales: Tensor) -> Tensor:
+    """Return what every pair of an image counts in a loss, (P, P)."""
+    same, both = _pairs_of(cells, taken)
+    return torch.where(same, scales[0], torch.where(both, scales[1], torch.zeros_like(scales[1])))
+
+
+def _pairs_of(cells: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which of the pairs taken of an image's cells (P,) are of one class, and which count, (P, P) each."""
     valid = cells >= 0
-    both = valid[:, None] & valid
-    both = both & ~torch.eye(len(cells), dtype=torch.bool, device=cells.device)
+    both = valid[:, None] & valid & taken
     return both & (cells[:, None] == cells), both
 
 
@@ -146,7 +154,8 @@ def token_affinity_loss(affinity: Tensor, mask: Tensor, *, radius: int = 8, igno
         ignore_index: the mask's void value.
 
     Shape:
-        (B, P, P), (B, h, w), P = h w -> scalar; float32 for half precision.
+        (B, P, P), (B, h, w), P = h w -> scalar; float32 for half precision. No pairs are held for the backward pass;
+        there is no second derivative.
 
     Raises:
         TypeError, ValueError: arguments of another rank, size, dtype kind or device; `radius` out of range.
@@ -169,14 +178,28 @@ def token_affinity_loss(affinity: Tensor, mask: Tensor, *, radius: int = 8, igno
     rows, columns = (torch.arange(side, device=mask.device) for side in (h, w))
     y, x = (grid.flatten() for grid in torch.meshgrid(rows, columns, indexing="ij"))
     near = ((y[:, None] - y).abs() <= radius) & ((x[:, None] - x).abs() <= radius)
-    p = promote(affinity)
-    sums: list[Tensor] = []
-    for one, image in zip(cells, p.unbind(), strict=True):  # p[b] would have a gradient of all images for each
-        valid = (one >= 0)[:, None] & (one >= 0) & near
-        same = valid & (one[:, None] == one)
-        other = valid & ~same
-        parts = (1 - image).where(same, 0).sum(), same.sum(), image.where(other, 0).sum(), other.sum()
-        sums.append(torch.stack([part.to(p.dtype) for part in parts]))
-    alike, same_pairs, unlike, other_pairs = (torch.stack(sums).sum(0) if sums else p.sum().expand(4)).unbind()
-    loss: Tensor = alike / (same_pairs + 1) / 2 + unlike / (other_pairs + 1) / 2
+    loss: Tensor = _TokenAffinity.apply(promote(affinity), cells, near)
     return loss
+
+
+class _TokenAffinity(torch.autograd.Function):
+    """The loss, linear in the affinities; its gradient is written image by image, and no pairs wait for it."""
+
+    @staticmethod
+    def forward(ctx: Any, affinity: Tensor, cells: Tensor, near: Tensor) -> Tensor:
+        scales = _scales(cells, near, affinity)
+        total = -scales[0] * scales[2]  # the ones of 1 - p
+        for p, one in zip(affinity, cells, strict=True):
+            weights = _weights(one, near, scales)
+            total = total + (p * weights).where(weights != 0, 0).sum()  # a pair that does not count may hold anything
+        ctx.save_for_backward(cells, near, scales)
+        return total
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]  # what is saved is a constant to autograd
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cells, near, scales = ctx.saved_tensors
+        gradient = scales.new_empty(len(cells), *near.shape)
+        for b, one in enumerate(cells):
+            gradient[b] = _weights(one, near, scales) * grads[0]
+        return gradient, None, None
