@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import field_terms
 import pytest
 import torch
 from batches import Batch
@@ -27,9 +29,11 @@ def cuda():
 
 
 @pytest.mark.parametrize(("backbone", "row"), [*(("small", row) for row in ROWS), ("resnet38", "MAM+RCM")])
-def test_step_of_train_cam(backbone, row, cuda):
+def test_step_of_train_cam(backbone, row, cuda, monkeypatch):
+    monkeypatch.setattr(field_terms, "load_start", lambda network, folder: None)  # no file lies on a pretended device
     names = {name.removeprefix("cam."): value for name, value in ROWS[row].items()}
-    config = Config(network=Network(backbone, dim=16), cam=replace(CAM(mam_gate=Gate(iterations=0)), **names))
+    cam = CAM(mam_gate=Gate(iterations=0), start_from=Path("start"))
+    config = Config(network=Network(backbone, dim=16), cam=replace(cam, **names))
     student = build_cam(config, 5)
     objective = Objective(config, student, 5, 100)
     tags = torch.ones(2, 5, device="cpu")  # as to_device leaves them

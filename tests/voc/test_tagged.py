@@ -66,7 +66,10 @@ def test_rows_that_cannot_be_meant_name_their_line(tmp_path):
         ("../x.jpg,cat", r"line 2, must name an image below"),
         ("/x.jpg,cat", r"line 2, must name an image below"),
         ("b.jpg,cat\nb.png,cat", r"b\.jpg and .*b\.png must differ in more than the suffix"),
-        ("one/a.jpg,Cat\ntwo/a.jpg,cat", r"tags\.csv must name every class once, but has \['Cat', 'cat'\]"),
+        (
+            "one/a.jpg,Cat\ntwo/a.jpg,cat",
+            r"tags\.csv must name every class once, in one spelling, but has \['Cat', 'cat'\]",
+        ),
         ("one/a.jpg,background", r"tags\.csv must name foreground classes alone"),
         ("one/a.jpg,", r"tags\.csv must name one class or more"),
     ):
