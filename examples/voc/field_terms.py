@@ -1,6 +1,6 @@
 """Losses of other systems of the field, as terms beside those of terms.py: each is one system's own part, by one block.
 
-Importing this joins them into `terms.TERMS`. A system's recipe is more than its loss: what differs from the published
+train_cam joins `FIELD_TERMS` to `terms.TERMS`. A system's recipe is more than its loss: what differs from the published
 one stands at each term.
 """
 
@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from config import Config, Scales
 from networks import build_cam, load_start
-from terms import TERMS as TERMS
 from terms import Mean, Term, Views
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, batch_norm, binary_cross_entropy_with_logits
@@ -132,7 +131,7 @@ def _whole(model: Callable[[Tensor], pixelss.CAMOutput], images: Tensor) -> pixe
     return output
 
 
-TERMS |= {
+FIELD_TERMS: dict[str, Callable[[Config, int, int], Term]] = {
     "erase": erasing,
     "hide": complementary,
     "puzzle": puzzle,

@@ -12,18 +12,21 @@ import torch
 from batches import Batch, Samples
 from config import CAM, Config
 from data import BadFileError
-from field_terms import TERMS
+from field_terms import FIELD_TERMS
 from networks import build_cam, load_start, to_tensor
 from numpy.typing import NDArray
 from parallel import shared_mean
 from PIL import Image
 from stages import IMAGES, TAGS, Run, Stage
+from terms import TERMS as OWN_TERMS
 from terms import Views, tags_mean
 from torch import Tensor, nn
 from training import pixels_trained, train, train_mode
 
 import pixelss
 from pixelss import viz
+
+TERMS = OWN_TERMS | FIELD_TERMS  # by the name of their weight in config.CAM
 
 
 def train_cam(run: Run) -> None:

@@ -38,15 +38,7 @@ BLOCKS = {
 }
 
 
-def climb_cam_by_loops(
-    model: nn.Module,
-    images: Tensor,
-    tags: Tensor,
-    iterations: int = 27,
-    step: float = 0.08,
-    strength: float = 7.0,
-    region: float = 0.5,
-) -> Tensor:
+def climb_cam_by_loops(model, images, tags, iterations=27, step=0.08, strength=7.0, region=0.5):
     """A class and an image at a time: both of the pair in one batch."""
     total = torch.zeros_like(model(images).cam).detach()
     for b, n in product(*map(range, tags.shape)):

@@ -63,16 +63,7 @@ def lost_classes_by_loops(
     return lost
 
 
-def merge_by_loops(
-    knowledge: Tensor,
-    advice: Tensor,
-    knowledge_logits: Tensor,
-    advice_logits: Tensor,
-    flags: Tensor | None = None,
-    *,
-    bias: float = 0.4,
-    background: float = 0.0,
-) -> Tensor:
+def merge_by_loops(knowledge, advice, knowledge_logits, advice_logits, flags=None, *, bias=0.4, background=0.0):
     merged = knowledge.clone()
     for b, i, j in product(*map(range, knowledge.shape)):
         before, after = int(knowledge[b, i, j]), int(advice[b, i, j])

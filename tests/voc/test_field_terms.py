@@ -15,7 +15,13 @@ from train_cam import Objective
 
 import pixelss
 from tests.oracles import bilinear
-from tests.voc.trainings import STEPS, check_resumed, metrics, model_digest, open_run, tiny_config, train_until
+from tests.voc.trainings import (
+    metrics,
+    model_digest,
+    open_run,
+    tiny_config,
+    train_in_pieces,
+)
 
 N = 3
 ALL = {"erase": 0.5, "hide": 1.0, "puzzle": 1.0, "ppc": 1.0, "icd": 1.0}
@@ -151,13 +157,7 @@ def test_intra_class_term_warms_up_over_two_epochs(batch):
 def test_all_of_them_are_resumed_bit_for_bit(root, whole, tmp_path, monkeypatch):
     cam = replace(tiny_config().cam, **ALL, view_scales=(1.0, 0.5), start_from=whole.folder("train_cam"))
     config = tiny_config(cam=replace(cam, rcm=0.0, mam=0.0, optimizer=Optimizer(momentum=0.9)))
-    unbroken, broken = open_run(root, tmp_path / "a", config), open_run(root, tmp_path / "b", config)
-    train_cam.train_cam(unbroken)
-    for step in (3, 5):  # checkpoints after steps 2 and 4
-        train_until(broken, monkeypatch, step)
-    train_cam.train_cam(broken)
-    check_resumed(broken, unbroken, "train_cam")
-    assert len(metrics(unbroken)) == STEPS
+    unbroken = train_in_pieces(root, tmp_path, monkeypatch, config)
     assert set(ALL) <= set(metrics(unbroken)[-1])
     for name in ALL:
         without = open_run(root, tmp_path / name, replace(config, cam=replace(config.cam, **{name: 0.0})))

@@ -12,9 +12,9 @@ from config import CAM, Gate
 from networks import build_cam
 from run import load_config
 from tables import ROWS
-from terms import TERMS, Term, Views
+from terms import Term, Views
 from torch import nn
-from train_cam import Objective
+from train_cam import TERMS, Objective
 
 import pixelss
 from tests.oracles import bilinear

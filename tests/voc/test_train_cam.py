@@ -14,7 +14,13 @@ from networks import build_cam, load_trained
 from torch.testing import assert_close
 
 import pixelss
-from tests.voc.trainings import STEPS, check_resumed, damage, metrics, open_run, tiny_config, train_until
+from tests.voc.trainings import (
+    damage,
+    metrics,
+    open_run,
+    tiny_config,
+    train_in_pieces,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,13 +41,7 @@ SEAM = {"er": 1.0, "ecr": 1.0, "minpool": 1.0, "view_scales": (1.0, 0.5)}
 
 def test_correlation_is_trained_and_resumed_bit_for_bit(root, tmp_path, monkeypatch):
     config = tiny_config(cam=replace(tiny_config().cam, **SEAM, optimizer=Optimizer(head_lr=10, momentum=0.9)))
-    unbroken, broken = open_run(root, tmp_path / "a", config), open_run(root, tmp_path / "b", config)
-    train_cam.train_cam(unbroken)
-    for step in (3, 5):  # checkpoints after steps 2 and 4
-        train_until(broken, monkeypatch, step)
-    train_cam.train_cam(broken)
-    check_resumed(broken, unbroken, "train_cam")
-    assert len(metrics(unbroken)) == STEPS
+    unbroken = train_in_pieces(root, tmp_path, monkeypatch, config)
     assert {"er", "ecr", "minpool", "rcm"} <= set(metrics(unbroken)[-1])
     torch.manual_seed(config.seed)
     start = build_cam(config, unbroken.data.num_classes).state_dict()

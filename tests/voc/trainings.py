@@ -95,6 +95,18 @@ def train_until(run: Run, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             train_cam.train_cam(run)
 
 
+def train_in_pieces(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Config) -> Run:
+    """Train without a break and again with two; check that both are equal, and return the first."""
+    unbroken, broken = open_run(root, tmp_path / "a", config), open_run(root, tmp_path / "b", config)
+    train_cam.train_cam(unbroken)
+    for step in (3, 5):  # checkpoints after steps 2 and 4
+        train_until(broken, monkeypatch, step)
+    train_cam.train_cam(broken)
+    check_resumed(broken, unbroken, "train_cam")
+    assert len(metrics(unbroken)) == STEPS
+    return unbroken
+
+
 def damage(root: Path, what: str) -> str:
     """Damage one image's files; returns what the message must say."""
     stem = "train_0003"
