@@ -14,10 +14,11 @@ from inference import shared_batches, writing
 from numpy.typing import NDArray
 from parallel import barrier
 from stages import Run
-from storage import load_cam, save_mask
+from storage import load_cam
 from torch import Tensor
 
 import pixelss
+from pixelss.io import write_mask
 
 Array = NDArray[np.uint8]
 # By the type of its settings; (levels (S, 3, H, W), scores (S, K, H, W), ...) -> refined scores
@@ -46,7 +47,7 @@ def write_crf_labels(run: Run) -> None:
         for ((stem, (image, both, tags)),) in shared_batches(run, stems, read, desc="crf_labels", done=done):
             masks = refined_masks(image, both.to(run.device), tags, config.crf)
             for path, mask in zip(paths(stem), masks, strict=True):
-                write(save_mask, path, mask)
+                write(write_mask, path, mask)
     barrier()
 
 

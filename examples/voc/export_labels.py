@@ -16,9 +16,10 @@ from parallel import barrier, rank
 from PIL import Image
 from pixels import orientation, read_image, resize_mask
 from stages import IMAGES, TAGS, Run, Stage
-from storage import save_mask, save_png, write_atomic
+from storage import save_png, write_atomic
 
 from pixelss import viz
+from pixelss.io import write_mask
 
 Array = NDArray[np.uint8]
 _INSIDE = Path("VOCdevkit", "VOC2012")
@@ -60,7 +61,7 @@ def export_labels(run: Run) -> None:
 
 def _write_pair(root: Path, stem: str, image: bytes, mask: Array) -> None:
     write_atomic(root / "JPEGImages" / f"{stem}.jpg", image)
-    save_mask(root / "SegmentationClass" / f"{stem}.png", mask)  # the last: it tells that the pair is done
+    write_mask(root / "SegmentationClass" / f"{stem}.png", mask)  # the last: it tells that the pair is done
 
 
 def _as_jpeg(path: Path, image: Array) -> bytes:

@@ -9,10 +9,10 @@ import torch
 from inference import autocast, pixels_inferred, shared_batches, to_input, writing
 from networks import load_trained
 from stages import IMAGES, Run, Stage
-from storage import save_mask
 from torch import nn
 
 import pixelss
+from pixelss.io import write_mask
 
 
 def infer_seg(run: Run) -> None:
@@ -41,7 +41,7 @@ def _segment(run: Run, network: nn.Module, split: str, stems: list[str]) -> int:
             if config.crf:
                 probs = pixelss.dense_crf(levels, probs, **asdict(config.crf))
             for (stem, _), mask in zip(batch, probs.argmax(1).to(torch.uint8).cpu().numpy(), strict=True):
-                write(save_mask, folder / f"{stem}.png", np.ascontiguousarray(mask))
+                write(write_mask, folder / f"{stem}.png", np.ascontiguousarray(mask))
     return len(stems)
 
 

@@ -14,11 +14,12 @@ from networks import AFFINITIES, load_trained
 from numpy.typing import NDArray
 from parallel import barrier
 from stages import IMAGES, MASKS, TAGS, Run, Stage
-from storage import load_cam, save_mask
+from storage import load_cam
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 import pixelss
+from pixelss.io import write_mask
 
 Array = NDArray[np.uint8]
 
@@ -50,7 +51,7 @@ def make_labels(run: Run) -> None:
             walked = pixelss.random_walk(cells, affinity, beta=beta, log_steps=config.log_steps, radius=walk.radius)
             walked = interpolate(walked, image.shape[:2], mode="bilinear")
             (mask,) = refined_masks(image, walked, tags, config.par or config.crf)
-            write(save_mask, folder / f"{stem}.png", mask)
+            write(write_mask, folder / f"{stem}.png", mask)
     barrier()
     quality: dict[str, object] = {}
     if name := run.config.data.score:

@@ -13,12 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 from texts import BadFileError, named
 from torch import Tensor
-
-from pixelss.viz import voc_palette
 
 _AGAIN = "remove it and infer_cam/done.json, then run infer_cam again"
 
@@ -128,13 +125,6 @@ def load_cam(path: Path, num_classes: int) -> Tensor:
     if classes:
         cam[classes] = pixels.view(len(classes), H, W).float() / 255
     return cam
-
-
-def save_mask(path: Path, mask: NDArray[np.uint8]) -> None:
-    """Write a mask as a PNG in VOC's colours."""
-    image = Image.fromarray(mask)
-    image.putpalette(voc_palette().tobytes())
-    save_png(path, image)
 
 
 def save_png(path: Path, image: Image.Image, **options: Any) -> None:

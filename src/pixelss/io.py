@@ -204,6 +204,8 @@ def _write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # before the rename, else a power cut may leave an empty file
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"could not write {path} ({error.strerror}); nothing was changed there") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -11,8 +11,8 @@ import pytest
 from data import BadFileError, VOCFolder
 from export_test import export_test
 from PIL import Image
-from storage import save_mask
 
+from pixelss.io import write_mask
 from pixelss.viz import voc_palette
 from tests.voc.runs import new_run
 
@@ -31,7 +31,7 @@ def test_archive_is_what_the_server_takes(finished: tuple[Path, str], shapes: Pa
                 assert mask.size[::-1] == data.size(stem)
     made = new_run(shapes, tmp_path / "run", weights=False)
     for stem in stems:
-        save_mask(made.folder("infer_seg") / "test" / f"{stem}.png", np.ones(data.size(stem), np.uint8))
+        write_mask(made.folder("infer_seg") / "test" / f"{stem}.png", np.ones(data.size(stem), np.uint8))
     export_test(made)
     archive_path = made.folder("export_test") / "results.tar.gz"
     first = archive_path.read_bytes()
@@ -44,10 +44,10 @@ def test_archive_is_what_the_server_takes(finished: tuple[Path, str], shapes: Pa
 def test_archive_is_refused_naming_every_wrong_mask(shapes: Path, tmp_path: Path) -> None:
     made = new_run(shapes, tmp_path / "run", weights=False)
     folder, (missing, small, void) = made.folder("infer_seg") / "test", made.data.stems("val")
-    save_mask(folder / f"{small}.png", np.zeros((7, 8), np.uint8))
+    write_mask(folder / f"{small}.png", np.zeros((7, 8), np.uint8))
     wrong = np.zeros(made.data.size(void), np.uint8)
     wrong[0, 0] = 255
-    save_mask(folder / f"{void}.png", wrong)
+    write_mask(folder / f"{void}.png", wrong)
     with pytest.raises(BadFileError, match="3 of 3 masks are wrong") as error:
         export_test(made)
     message = str(error.value)
@@ -56,7 +56,7 @@ def test_archive_is_refused_naming_every_wrong_mask(shapes: Path, tmp_path: Path
     assert "holds 255" in message
     assert not made.folder("export_test").exists()
     wrong[0, 0] = 9
-    save_mask(folder / f"{void}.png", wrong)
+    write_mask(folder / f"{void}.png", wrong)
     with pytest.raises(BadFileError, match=r"must hold 0 to 4 or 255, but holds \[9\]"):
         export_test(made)
     Image.fromarray(np.zeros_like(wrong)).save(folder / f"{void}.png")

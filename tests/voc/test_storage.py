@@ -6,11 +6,9 @@ import errno
 import os
 import stat
 
-import numpy as np
 import pytest
 import storage
 import torch
-from PIL import Image
 
 
 def test_a_full_disk_leaves_the_file_that_was(tmp_path, monkeypatch):
@@ -82,11 +80,3 @@ def test_a_cam_file_may_be_larger_than_pillow_lets_an_image_be(tmp_path):
     tags = torch.ones(254)
     storage.save_cam(tmp_path / "cam.png", torch.zeros(254, 600, 1200), tags)  # 183 megapixels
     assert storage.load_cam(tmp_path / "cam.png", 254).shape == (254, 600, 1200)
-
-
-def test_masks_survive_a_png(tmp_path):
-    mask = np.random.default_rng(0).integers(0, 256, (5, 4), dtype=np.uint8)
-    storage.save_mask(tmp_path / "m.png", mask)
-    with Image.open(tmp_path / "m.png") as image:
-        assert image.mode == "P"
-        assert np.array_equal(np.array(image), mask)
