@@ -290,14 +290,14 @@ except ImportError as error:
 
 def test_a_mask_that_cannot_be_written_names_its_file_and_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
-    write_mask(path, torch.tensor([[1]]))
+    io.write_mask(path, torch.tensor([[1]]))
 
     def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match=r"could not write .*x\.png \(No space left on device\); nothing was changed"):
-        write_mask(path, torch.tensor([[2]]))
+        io.write_mask(path, torch.tensor([[2]]))
     monkeypatch.undo()
-    assert read_mask(path).tolist() == [[1]]
+    assert io.read_mask(path).tolist() == [[1]]
     assert [one.name for one in tmp_path.iterdir()] == ["x.png"]
