@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def measure_step(run: Run, way: str, steps: int) -> dict[str, float]:
     student = build(run).to(run.device)
     samples = Repeated(run.data, run.data.stems(config.data.train), config, config.cam.augment)
     objective = Objective(config, student, run.data.num_classes, len(samples))
-    training.train(run, STAGE, student, samples, objective, after_step=lambda: objective.teacher.update(student))
+    moved = partial(objective.teacher.update, student)
+    training.train(run, STAGE, student, samples, objective, companions=objective.modules, after_step=moved)
     seconds = (samples.times[1] - samples.times[0]) / steps
     return {"seconds": seconds, "images": config.cam.schedule.batch, "tflop": step_tflop(run), "peak_mib": peak(run)}
 
