@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pixelss._resize import resize, resize_matrix
+from pixelss._resize import _KEPT, resize, resize_matrix
 from tests import oracles
 from tests.oracles import interpolate
 from tests.strategies import SIZES, image_sizes, noise
@@ -69,3 +70,60 @@ def test_half_precision_is_resized_in_float32(half):
         actual = resize(x, (7, 9))
     assert actual.dtype == torch.float32
     assert torch.equal(actual, resize(x.float(), (7, 9)))
+
+
+@pytest.fixture
+def nothing_kept():
+    _KEPT.clear()
+    yield
+    _KEPT.clear()
+
+
+def test_a_matrix_is_kept(nothing_kept):
+    matrix = resize_matrix(3, 5, noise(1))
+    assert resize_matrix(3, 5, noise(2)) is matrix
+    for source, target, dtype in ((5, 3, torch.float64), (3, 5, torch.float32)):
+        other = resize_matrix(source, target, noise(1, dtype=dtype))
+        assert (*other.shape, other.dtype) == (target, source, dtype)
+
+
+def test_no_more_matrices_are_kept_than_a_few(nothing_kept):
+    for target in range(1, 200):
+        resize_matrix(3, target, noise(1))
+    assert 0 < len(_KEPT) <= 64
+
+
+def within_inference_mode(x):
+    with torch.inference_mode():
+        resize(x, (7, 9))
+
+
+def within_a_gradient_transform(x):
+    torch.func.grad(lambda x: resize(x, (7, 9)).square().sum())(x)
+
+
+def within_a_map(x):
+    torch.func.vmap(lambda x: resize(x, (7, 9)))(x)
+
+
+def within_fake_tensors(x):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        resize(x, (7, 9))
+        resize(mode.from_tensor(x), (7, 9))
+
+
+def compiled(x):
+    torch.compiler.reset()
+    torch.compile(lambda x: resize(x, (7, 9)), backend="aot_eager", fullgraph=True)(x)
+
+
+@pytest.mark.parametrize(
+    "before", [within_inference_mode, within_a_gradient_transform, within_a_map, within_fake_tensors, compiled]
+)
+def test_what_is_kept_serves_any_later_call(before, nothing_kept):
+    x = noise(2, 3, 4)
+    before(x)
+    resize(x.clone().requires_grad_(), (7, 9)).sum().backward()
+    for later in (before, within_a_gradient_transform, within_a_map, compiled):
+        later(x)
+    torch.testing.assert_close(resize(x, (7, 9)), interpolate(x[None], (7, 9))[0])

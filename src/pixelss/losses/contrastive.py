@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from einops import einsum
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from pixelss._checks import check_choice, check_integer, check_positive, check_tensor
 from pixelss._dtype import full_precision, promote
 from pixelss._labels import mean_over, valid_pixels
-from pixelss._resize import resize, resize_matrix
+from pixelss._resize import kept, multiply_rows, resize, resize_matrix
 
 
 def regional_contrastive_loss(
@@ -67,22 +66,23 @@ def regional_contrastive_loss(
     hint = "One row a class (background first), as wide as the features."
     K, _ = check_tensor("prototypes", prototypes, "KD", like=features, hint=hint, D=D)
     _check_settings(temperature, form, reduction, ignore_index)
-    if filled is None:
-        filled = torch.ones(K, dtype=torch.bool, device=features.device)
-    check_tensor("filled", filled, "K", kind="bool", like=features, K=K)
+    if filled is not None:
+        check_tensor("filled", filled, "K", kind="bool", like=features, K=K)
 
     dtype = torch.promote_types(promote(features).dtype, promote(prototypes).dtype)
-    features, prototypes = features.to(dtype), normalize(prototypes.to(dtype), dim=1)
+    features, prototypes = features.to(dtype), normalize(prototypes.to(dtype), dim=1) / temperature
     with full_precision(features):
-        products = einsum(features, prototypes, "b d h w, k d -> b k h w")
-    square = resized_square_norm(features, (H, W))[:, None]  # (B, 1, H, W)
-    alive = square > torch.finfo(dtype).eps ** 2
-    scale = torch.where(alive, torch.where(alive, square, 1).rsqrt(), 0) / temperature
-    absent = features.new_zeros(K, 1, 1).masked_fill(~filled[:, None, None], torch.finfo(dtype).min)
-    z = torch.addcmul(absent, resize(products, (H, W)), scale)  # (B, K, H, W)
+        products = torch.bmm(prototypes.expand(B, -1, -1), features.flatten(2)).unflatten(2, features.shape[2:])
+    square = resized_square_norm(features, (H, W))
+    # No gradient flows from 1 / sqrt(inf).
+    scale = square.masked_fill(square <= torch.finfo(dtype).eps ** 2, torch.inf).rsqrt()[:, None]  # (B, 1, H, W)
+    z = resize(products, (H, W)) * scale  # (B, K, H, W)
+    if filled is not None:
+        z = z.masked_fill(~filled[:, None, None], torch.finfo(dtype).min)
 
     label, valid = valid_pixels(mask, K, ignore_index)
-    valid = valid & filled[label]
+    if filled is not None:
+        valid = valid & filled[label]
     log_p = z.log_softmax(1).gather(1, label[:, None]).squeeze(1)  # (B, H, W)
     loss = -log_p if form == "infonce" else -log_p.exp()
     if reduction == "mean":
@@ -101,22 +101,26 @@ def _check_settings(temperature: float, form: str, reduction: str, ignore_index:
 def resized_square_norm(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Return |x_p|^2 (B, H, W) of x (B, D, h, w) bilinearly resized to `size`.
 
-    With the row weights a_0, a_1 and the column weights b_0, b_1 of pixel p, the square of the interpolated
-    feature is a sum over pairs of its four cells. The pairs make a grid of (2h - 1) x (2w - 1) inner products
-    (cell with itself, with its right neighbour; with the one below, mean of the two diagonals), and their
-    weights factor into rows and columns.
+    Along one axis, between two cells, it is a quadratic function, hence a weighted sum of its values at both cells
+    and in the middle between them: (2h - 1) x (2w - 1) squares, and their weights factor into rows and columns.
     """
-    right, down = x[..., :, :-1] * x[..., :, 1:], x[..., :-1, :] * x[..., 1:, :]
-    diagonals = x[..., :-1, :-1] * x[..., 1:, 1:] + x[..., :-1, 1:] * x[..., 1:, :-1]
-    top = torch.cat([x.square().sum(1), right.sum(1)], dim=-1)  # (B, h, 2w - 1)
-    bottom = torch.cat([down.sum(1), diagonals.sum(1) / 2], dim=-1)  # (B, h - 1, 2w - 1)
-    products = torch.cat([top, bottom], dim=-2)  # (B, 2h - 1, 2w - 1)
-    rows, columns = (
-        torch.cat([weights.square(), 2 * weights[:, :-1] * weights[:, 1:]], dim=1)
-        for weights in (resize_matrix(x.shape[-2], size[0], x), resize_matrix(x.shape[-1], size[1], x))
-    )
+    (h, w), (H, W) = x.shape[-2:], size
     with full_precision(x):
-        return rows @ products @ columns.mT  # (H, 2h - 1) (B, 2h - 1, 2w - 1) (2w - 1, W)
+        nodes = multiply_rows(kept(_nodes, h, h, x), x @ kept(_nodes, w, w, x).mT)  # (B, D, 2h - 1, 2w - 1)
+        squares = nodes.square().sum(1)
+        return multiply_rows(kept(_node_weights, h, H, x), squares @ kept(_node_weights, w, W, x).mT)
+
+
+def _nodes(source: int, _: int, like: Tensor) -> Tensor:
+    """Return the (2h - 1, h) matrix that appends the means of neighbouring cells to the cells."""
+    eye = torch.eye(source, dtype=like.dtype, device=like.device)
+    return torch.cat([eye, (eye[:-1] + eye[1:]) / 2])
+
+
+def _node_weights(source: int, target: int, like: Tensor) -> Tensor:
+    """Return the (H, 2h - 1) weights of the squares at `_nodes`: of a x_0 + b x_1, a (a - b), b (b - a) and 4 a b."""
+    weights = resize_matrix(source, target, like)  # a and b = 1 - a
+    return torch.cat([weights * (2 * weights - 1), 4 * weights[:, :-1] * weights[:, 1:]], dim=1)
 
 
 class RegionalContrastiveLoss(nn.Module):
