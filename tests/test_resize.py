@@ -107,8 +107,9 @@ def within_a_map(x):
 
 
 def within_fake_tensors(x):
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True):
         resize(x, (7, 9))
+    with FakeTensorMode() as mode:
         resize(mode.from_tensor(x), (7, 9))
 
 
@@ -124,6 +125,7 @@ def test_what_is_kept_serves_any_later_call(before, nothing_kept):
     x = noise(2, 3, 4)
     before(x)
     resize(x.clone().requires_grad_(), (7, 9)).sum().backward()
-    for later in (before, within_a_gradient_transform, within_a_map, compiled):
+    for later in (before, within_a_gradient_transform, within_a_map, within_fake_tensors, compiled):
         later(x)
     torch.testing.assert_close(resize(x, (7, 9)), interpolate(x[None], (7, 9))[0])
+    assert all(matrix.data_ptr() for matrix in _KEPT.values()), "of the transform, it has no data of its own"
