@@ -73,6 +73,17 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x
 
 
+def resize_back(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the transpose of a `resize` from `size`, of (..., H, W): its gradient."""
+    (H, W), (h, w) = x.shape[-2:], size
+    with full_precision(x):
+        if h != H:
+            x = multiply_rows(resize_matrix(h, H, x).mT, x)
+        if w != W:
+            x = x @ resize_matrix(w, W, x)
+    return x
+
+
 def multiply_rows(matrix: Tensor, x: Tensor) -> Tensor:
     """Return `matrix @ x` of a matrix (H, h) and (..., h, W), which matmul would transpose and copy."""
     maps = x.flatten(0, -3) if x.ndim > 2 else x[None]

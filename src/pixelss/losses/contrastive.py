@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
 from pixelss._checks import check_choice, check_integer, check_positive, check_tensor
 from pixelss._dtype import full_precision, promote
 from pixelss._labels import mean_over, valid_pixels
-from pixelss._resize import kept, multiply_rows, resize, resize_matrix
+from pixelss._resize import kept, multiply_rows, resize, resize_back, resize_matrix
 
 
 def regional_contrastive_loss(
@@ -33,7 +34,7 @@ def regional_contrastive_loss(
     a weighted sum of inner products of neighbouring cells. A pixel with |x_p|^2 <= eps^2 (eps of the dtype) has
     z = 0 and no gradient. Float32 agrees with the literal way to 1e-5 for features >= 0, as `CAMHead` gives.
 
-    TF32, where the user allows it, rounds these products like any other.
+    TF32, where the user allows it, rounds these products like any other. There is no second derivative.
 
     Args:
         features: the student's pixel features X, finite, of any size against the mask's.
@@ -73,17 +74,10 @@ def regional_contrastive_loss(
     features, prototypes = features.to(dtype), normalize(prototypes.to(dtype), dim=1) / temperature
     with full_precision(features):
         products = torch.bmm(prototypes.expand(B, -1, -1), features.flatten(2)).unflatten(2, features.shape[2:])
-    square = resized_square_norm(features, (H, W))
-    # No gradient flows from 1 / sqrt(inf).
-    scale = square.masked_fill(square <= torch.finfo(dtype).eps ** 2, torch.inf).rsqrt()[:, None]  # (B, 1, H, W)
-    z = resize(products, (H, W)) * scale  # (B, K, H, W)
-    if filled is not None:
-        z = z.masked_fill(~filled[:, None, None], torch.finfo(dtype).min)
-
     label, valid = valid_pixels(mask, K, ignore_index)
     if filled is not None:
         valid = valid & filled[label]
-    log_p = z.log_softmax(1).gather(1, label[:, None]).squeeze(1)  # (B, H, W)
+    log_p: Tensor = _LogProbability.apply(products, resized_square_norm(features, (H, W)), label, filled)  # (B, H, W)
     loss = -log_p if form == "infonce" else -log_p.exp()
     if reduction == "mean":
         return mean_over(loss, valid)
@@ -96,6 +90,37 @@ def _check_settings(temperature: float, form: str, reduction: str, ignore_index:
     check_choice("form", form, ("infonce", "ratio"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     check_integer("ignore_index", ignore_index)
+
+
+class _LogProbability(torch.autograd.Function):
+    """The log-softmax of the resized products over the features' lengths, at the label.
+
+    One map a class waits for the backward pass, where autograd would keep two and make four.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, products: Tensor, square: Tensor, label: Tensor, filled: Tensor | None) -> Tensor:
+        info, label = torch.finfo(products.dtype), label[:, None]
+        scale = square.masked_fill(square <= info.eps**2, torch.inf).rsqrt_()[:, None]  # (B, 1, H, W)
+        z = resize(products, (label.shape[2], label.shape[3])) * scale  # (B, K, H, W)
+        if filled is not None:
+            z.masked_fill_(~filled[:, None, None], info.min)
+        log_softmax = z.log_softmax(1)
+        log_p = log_softmax.gather(1, label)
+        ctx.save_for_backward(log_softmax, log_p, scale, label)
+        ctx.size = products.shape[2:]
+        return log_p.squeeze(1)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]  # what is saved is a constant to autograd
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        log_softmax, log_p, scale, label = ctx.saved_tensors
+        slope = grads[0][:, None]
+        # The slopes of z sum to zero over the classes, so that log_softmax may stand for z.
+        mean = log_softmax.exp().mul_(log_softmax).sum(1, keepdim=True)
+        by_square = (slope * (log_p - mean) * scale.square() / -2).squeeze(1)
+        by_z = log_softmax.exp().mul_(-slope).scatter_add_(1, label, slope)
+        return resize_back(by_z.mul_(scale), ctx.size), by_square, None, None
 
 
 def resized_square_norm(x: Tensor, size: tuple[int, int]) -> Tensor:
