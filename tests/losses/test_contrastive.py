@@ -153,6 +153,14 @@ def test_loss_gradcheck(form):
     assert torch.autograd.gradcheck(loss, (features, prototypes))
 
 
+def test_a_second_derivative_is_refused():
+    features, mask, prototypes, _ = inputs(make_batch())
+    loss = regional_contrastive_loss(features.requires_grad_(), mask, prototypes)
+    (slope,) = torch.autograd.grad(loss**2, features, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
 # properties
 
 
