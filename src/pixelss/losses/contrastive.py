@@ -31,7 +31,7 @@ def regional_contrastive_loss(
 
     z_pk = <x_p, pt_k> / T with both L2-normalised, where x_p is the feature map bilinearly resized to the mask's
     size. No resized feature is ever stored: the products are resized instead of the features, and |x_p|^2 is
-    a weighted sum of inner products of neighbouring cells. A pixel with |x_p|^2 <= eps^2 (eps of the dtype) has
+    a weighted sum of its values at and midway between cells. A pixel with |x_p|^2 <= eps^2 (eps of the dtype) has
     z = 0 and no gradient. Float32 agrees with the literal way to 1e-5 for features >= 0, as `CAMHead` gives.
 
     TF32, where the user allows it, rounds these products like any other. There is no second derivative.
