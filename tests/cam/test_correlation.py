@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pixelss import PixelCorrelation, pixel_correlation
-from pixelss.cam import correlation
+from pixelss import PixelCorrelation, _pieces, pixel_correlation
 from tests.blocks import Block
 from tests.oracles import active, assert_matches, assert_refuses, bilinear, field, value_and_grads
 from tests.strategies import Batch, make_batch, noise
@@ -118,7 +117,7 @@ def test_the_head_is_seams():
 def test_blocks_of_columns_change_nothing(monkeypatch, entries):
     embedding, scores = noise(2, 3, 4, 5), noise(2, 2, 4, 5, seed=1)
     whole = value_and_grads(pixel_correlation, embedding, scores)
-    monkeypatch.setattr(correlation, "_BLOCK", entries)
+    monkeypatch.setattr(_pieces, "_CPU", entries)
     torch.testing.assert_close(value_and_grads(pixel_correlation, embedding, scores), whole)
 
 
@@ -134,7 +133,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_matrix_of_all_pixels_is_never_held(monkeypatch):
-    monkeypatch.setattr(correlation, "_BLOCK", 1000)
+    monkeypatch.setattr(_pieces, "_CPU", 1000)
     embedding, scores = (x.requires_grad_() for x in (noise(1, 2, 10, 10), noise(1, 2, 10, 10)))
     with Largest() as largest:
         pixel_correlation(embedding, scores).sum().backward()

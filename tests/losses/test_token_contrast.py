@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from pixelss import class_token_contrast, patch_token_contrast, token_affinity_loss
+from pixelss import _pieces, class_token_contrast, patch_token_contrast, token_affinity_loss
 from tests.blocks import Block
 from tests.oracles import assert_refuses, field, value_and_grads
 from tests.strategies import Batch, batches, noise
@@ -291,3 +291,19 @@ def test_affinities_of_pairs_that_do_not_count_may_be_anything():
     wild = affinity.clone()
     wild[:, 4], wild[:, :, 4] = torch.nan, torch.inf
     torch.testing.assert_close(token_affinity_loss(wild, mask), token_affinity_loss(affinity, mask))
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 5])
+def test_images_at_a_time_change_nothing(monkeypatch, images):
+    features, mask = noise(5, 4, 3, 4), (10 * noise(5, 3, 4, seed=1)).long().remainder(4) - 1
+    affinity = noise(5, 12, 12, seed=2).sigmoid()
+    whole = contrasts(features, affinity, mask)
+    monkeypatch.setattr(_pieces, "_CPU", 144 * images + 100)
+    torch.testing.assert_close(contrasts(features, affinity, mask), whole)
+
+
+def contrasts(features: Tensor, affinity: Tensor, mask: Tensor) -> list[list[Tensor]]:
+    return [
+        value_and_grads(lambda x: patch_token_contrast(x, mask) ** 2, features),
+        value_and_grads(lambda p: token_affinity_loss(p, mask, radius=1) ** 2, affinity),
+    ]

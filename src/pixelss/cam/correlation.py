@@ -12,9 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from pixelss._checks import check_count, check_counts, check_number, check_taps, check_tensor
 from pixelss._dtype import activation, full_precision, promote
 from pixelss._maps import strongest_alone
+from pixelss._pieces import entries_at_a_time
 from pixelss._resize import resize
-
-_BLOCK = 2**20  # entries of a correlation matrix at a time, per image: 4 MiB
 
 
 def pixel_correlation(embedding: Tensor, scores: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -52,12 +51,12 @@ def pixel_correlation(embedding: Tensor, scores: Tensor, *, eps: float = 1e-5) -
 
     def block(e: Tensor, a: Tensor, columns: Tensor) -> Tensor:
         with full_precision(e):
-            similarity = (e.mT @ columns).relu()  # (B, hw, columns)
-            spread: Tensor = a @ (similarity / (similarity.sum(1, keepdim=True) + eps))
-            return spread
+            similarity = (e.mT @ columns).relu_()  # (B, hw, columns)
+            spread = torch.cat([a, torch.ones_like(a[:, :1])], 1) @ similarity  # the last row: the sums
+            return spread[:, :-1] / (spread[:, -1:] + eps)
 
     parts = []
-    for columns in e.split(max(1, _BLOCK // (h * w)), dim=2):
+    for columns in e.split(max(1, entries_at_a_time(e) // (h * w)), dim=2):
         if torch.is_grad_enabled() and (e.requires_grad or a.requires_grad):
             part: Tensor = checkpoint(block, e, a, columns, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from pixelss._checks import TAGS_HINT, check_count, check_integer, check_positive, check_tensor
 from pixelss._dtype import full_precision, promote
 from pixelss._labels import mean_over
+from pixelss._pieces import entries_at_a_time
 
 
 def patch_token_contrast(features: Tensor, mask: Tensor, *, ignore_index: int = 255) -> Tensor:
@@ -51,63 +52,72 @@ def patch_token_contrast(features: Tensor, mask: Tensor, *, ignore_index: int = 
 
 
 class _PatchContrast(torch.autograd.Function):
-    """The loss; its gradient is computed image by image from the tokens, which are all that waits for it."""
+    """The loss; its gradient is computed piece by piece from the tokens, which are all that waits for it."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, cells: Tensor) -> Tensor:
         taken = ~torch.eye(cells.shape[1], dtype=torch.bool, device=cells.device)
-        scales = _scales(cells, taken, features)
-        total = features.new_zeros(())
+        tally = features.new_zeros(2, 2)
         with full_precision(features):
-            for tokens, one in zip(features, cells, strict=True):
+            for tokens, some in zip(_pieces(features, cells), _pieces(cells, cells), strict=True):
                 x, _ = _unit(tokens)
-                total = total + ((x.mT @ x).abs() * _weights(one, taken, scales)).sum()
+                tally += _tally((x.mT @ x).abs_(), some, taken)
+        scales = _scales(tally)
         ctx.save_for_backward(features, cells, taken, scales)
-        return total + torch.where(scales[2] > 0, 0.5, 0.0).to(features.dtype)
+        return (tally[0] * scales).sum() + (tally[1, 0] > 0) * 0.5
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]  # what is saved is a constant to autograd
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         features, cells, taken, scales = ctx.saved_tensors
-        gradient = torch.zeros_like(features)
+        gradient = torch.empty_like(features)
         with full_precision(features):
-            for b, one in enumerate(cells):
-                x, length = _unit(features[b])
-                signs = (x.mT @ x).sign_().mul_(_weights(one, taken, scales))
-                slope = 2 * grads[0] * (x @ signs)  # symmetric: p, q and q, p
-                gradient[b] = (slope - x * (x * slope).sum(0)) / length  # of a zero token: 0, as its slope
+            for tokens, some, out in zip(*(_pieces(x, cells) for x in (features, cells, gradient)), strict=True):
+                x, length = _unit(tokens)
+                slope = x @ _weigh((x.mT @ x).sign_(), some, taken, scales * (2 * grads[0]))  # symmetric: p, q and q, p
+                along = (x * slope).sum(1, keepdim=True)
+                out.copy_(slope.addcmul_(x, along, value=-1).div_(length))  # of a zero token: 0, as its slope
         return gradient, None
 
 
+def _pieces(x: Tensor, cells: Tensor) -> tuple[Tensor, ...]:
+    """Return `x` (B, ...) in pieces of as many images as have their pairs of cells (B, P) worked on at a time."""
+    pieces: tuple[Tensor, ...] = x.split(max(1, entries_at_a_time(x) // max(1, cells.shape[1] ** 2)))
+    return pieces
+
+
 def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an image's tokens (D, P) at length 1, and their lengths."""
-    length = tokens.norm(dim=0).clamp(min=1e-12)
+    """Return images' tokens (n, D, P) at length 1, and their lengths."""
+    length = tokens.norm(dim=1, keepdim=True).clamp(min=1e-12)
     return tokens / length, length
 
 
-def _scales(cells: Tensor, taken: Tensor, like: Tensor) -> Tensor:
-    """Return what a pair of one class and another pair count in a loss, and how many the first are: (3,).
-
-    Counted over all images first, which share the means.
-    """
-    same_pairs, other_pairs = like.new_zeros(()), like.new_zeros(())
-    for one in cells:
-        same, both = _pairs_of(one, taken)
-        same_pairs, other_pairs = same_pairs + same.sum(), other_pairs + (both & ~same).sum()
-    return torch.stack([-1 / (same_pairs + 1) / 2, 1 / (other_pairs + 1) / 2, same_pairs])
-
-
-def _weights(cells: Tensor, taken: Tensor, scales: Tensor) -> Tensor:
-    """Return what every pair of an image counts in a loss, (P, P)."""
+def _tally(values: Tensor, cells: Tensor, taken: Tensor) -> Tensor:
+    """Return the sums of the pairs' values (n, P, P) and their numbers, (2, 2): of one class, and of different ones."""
     same, both = _pairs_of(cells, taken)
-    return torch.where(same, scales[0], torch.where(both, scales[1], torch.zeros_like(scales[1])))
+    kinds = same, both.logical_xor_(same)
+    sums = [values.where(kind, 0).sum() for kind in kinds]  # a pair that does not count may hold anything
+    return torch.stack([*sums, *(kind.sum().to(values.dtype) for kind in kinds)]).view(2, 2)
+
+
+def _scales(tally: Tensor) -> Tensor:
+    """Return what a pair of one class and another pair count in a loss, (2,): all images share the means."""
+    scales = 0.5 / (tally[1] + 1)
+    scales[0].neg_()
+    return scales
+
+
+def _weigh(values: Tensor, cells: Tensor, taken: Tensor, scales: Tensor) -> Tensor:
+    """Multiply in place every pair's value (n, P, P) by what the pair counts."""
+    same, both = _pairs_of(cells, taken)
+    return values.mul_(torch.where(same, scales[0], scales[1])).masked_fill_(~both, 0)
 
 
 def _pairs_of(cells: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which of the pairs taken of an image's cells (P,) are of one class, and which count, (P, P) each."""
+    """Return which of the pairs taken of images' cells (n, P) are of one class, and which count, (n, P, P) each."""
     valid = cells >= 0
-    both = valid[:, None] & valid & taken
-    return both & (cells[:, None] == cells), both
+    both = (valid[:, :, None] & valid[:, None]).logical_and_(taken)
+    return (cells[:, :, None] == cells[:, None]).logical_and_(both), both
 
 
 def class_token_contrast(tokens: Tensor, tags: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -175,31 +185,30 @@ def token_affinity_loss(affinity: Tensor, mask: Tensor, *, radius: int = 8, igno
     check_integer("ignore_index", ignore_index)
     cells = mask.long().flatten(1)
     cells = cells.masked_fill(cells == ignore_index, -1)
-    rows, columns = (torch.arange(side, device=mask.device) for side in (h, w))
-    y, x = (grid.flatten() for grid in torch.meshgrid(rows, columns, indexing="ij"))
-    near = ((y[:, None] - y).abs() <= radius) & ((x[:, None] - x).abs() <= radius)
+    y, x = (torch.arange(side, device=mask.device) for side in (h, w))
+    near_y, near_x = ((side[:, None] - side).abs() <= radius for side in (y, x))
+    near = (near_y[:, None, :, None] & near_x[:, None]).view(h * w, h * w)
     loss: Tensor = _TokenAffinity.apply(promote(affinity), cells, near)
     return loss
 
 
 class _TokenAffinity(torch.autograd.Function):
-    """The loss, linear in the affinities; its gradient is written image by image, and no pairs wait for it."""
+    """The loss, linear in the affinities; its gradient is written piece by piece, and no pairs wait for it."""
 
     @staticmethod
     def forward(ctx: Any, affinity: Tensor, cells: Tensor, near: Tensor) -> Tensor:
-        scales = _scales(cells, near, affinity)
-        total = -scales[0] * scales[2]  # the ones of 1 - p
-        for p, one in zip(affinity, cells, strict=True):
-            weights = _weights(one, near, scales)
-            total = total + (p * weights).where(weights != 0, 0).sum()  # a pair that does not count may hold anything
+        tally = affinity.new_zeros(2, 2)
+        for p, some in zip(_pieces(affinity, cells), _pieces(cells, cells), strict=True):
+            tally += _tally(p, some, near)
+        scales = _scales(tally)
         ctx.save_for_backward(cells, near, scales)
-        return total
+        return (tally[0] * scales).sum() - tally[1, 0] * scales[0]  # the ones of 1 - p
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]  # what is saved is a constant to autograd
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cells, near, scales = ctx.saved_tensors
-        gradient = scales.new_empty(len(cells), *near.shape)
-        for b, one in enumerate(cells):
-            gradient[b] = _weights(one, near, scales) * grads[0]
+        gradient = scales.new_ones(len(cells), *near.shape)
+        for out, some in zip(_pieces(gradient, cells), _pieces(cells, cells), strict=True):
+            _weigh(out, some, near, scales * grads[0])
         return gradient, None, None
