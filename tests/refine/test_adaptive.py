@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pixelss import PixelAdaptiveRefinement, pixel_adaptive_refinement
+from pixelss.refine import adaptive
 from tests.blocks import Block
-from tests.oracles import assert_refuses, bilinear, field
+from tests.oracles import assert_refuses, bilinear, field, value_and_grads
 from tests.strategies import Batch, batches, make_batch
 
 SIGNATURES = {
@@ -207,3 +208,17 @@ def test_repr_shows_the_settings():
     assert "dilations=(1, 2), iterations=3, size=0.5" in repr(
         PixelAdaptiveRefinement(dilations=[1, 2], iterations=3, size=0.5)
     )
+
+
+@pytest.mark.parametrize("dilations", [(1,), (2, 1, 5)])
+def test_a_ring_at_a_time_changes_nothing(monkeypatch, dilations):
+    batch = make_batch()
+
+    def refine(scores: Tensor) -> Tensor:
+        return pixel_adaptive_refinement(batch.images, scores, dilations=dilations, iterations=3)
+
+    whole = value_and_grads(refine, batch.probs)
+    rings = []
+    monkeypatch.setattr(adaptive, "launches_cost", lambda x: rings.append(True) or True)
+    torch.testing.assert_close(value_and_grads(refine, batch.probs), whole)
+    assert rings

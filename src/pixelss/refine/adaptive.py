@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from pixelss._checks import check_choice, check_counts, check_integer, check_scale, check_tensor
 from pixelss._dtype import full_precision, promote
+from pixelss._pieces import entries_at_a_time, launches_cost
 from pixelss._resize import resize, scaled_side
 
 _SHARPNESS = 0.3  # of both kernels, in standard deviations
 _POSITION = 0.01  # weight of the position's kernel beside the colour's
+Border = tuple[Tensor, Tensor]
 _RING = tuple((dy, dx) for dy, dx in product((-1, 0, 1), repeat=2) if dy or dx)
 
 
@@ -74,34 +76,53 @@ def pixel_adaptive_refinement(
         work = scaled_side(H, size), scaled_side(W, size)
         pixels, scores = resize(pixels, work), resize(scores, work)
     with full_precision(scores):
-        weights = _weights(pixels, dilations)
+        rings = launches_cost(scores) and 9 * scores.numel() <= entries_at_a_time(scores)  # a CPU adds up slowly
+        border = _border(pixels, max(dilations))
+        weights = _weights(pixels, border, dilations, rings)
         if normalize:
             weights = weights / (1 + _POSITION)
+        parts = weights.unbind()
         for _ in range(iterations):
             refined = torch.zeros_like(scores)
-            for weight, neighbour in zip(weights, _neighbours(scores, dilations), strict=True):
-                refined.addcmul_(weight, neighbour)
+            for weight, around in zip(parts, _neighbours(scores, border, dilations, rings), strict=True):
+                if rings:
+                    refined += (weight * around).sum((0, 1))
+                else:
+                    refined.addcmul_(weight[0, 0], around[0, 0])
             scores = refined
     return scores if size is None else resize(scores, (H, W))
 
 
-def _weights(pixels: Tensor, dilations: Sequence[int]) -> Tensor:
-    """Return the weight of every neighbour, (O, B, 1, H, W)."""
+def _weights(pixels: Tensor, border: Border, dilations: Sequence[int], rings: bool) -> Tensor:
+    """Return the weights of the neighbours, one entry of `_neighbours` after the other: (O, 1, 1, B, 1, H, W).
+
+    Where they come in rings, (dilations, 3, 3, B, 1, H, W), with 0 in the middle.
+    """
     O = 8 * len(dilations)  # noqa: E741
     total, squares = torch.zeros_like(pixels), torch.zeros_like(pixels)
-    for neighbour in _neighbours(pixels, dilations):
-        step = neighbour - pixels
-        total += step
-        squares.addcmul_(step, step)
+    for around in _neighbours(pixels, border, dilations, rings):
+        step = around - pixels  # of the pixel itself: 0
+        if rings:
+            total += step.sum((0, 1))
+            squares += step.square_().sum((0, 1))
+        else:
+            total += step[0, 0]
+            squares.addcmul_(step[0, 0], step[0, 0])
     variance = ((squares - total.square() / O) / (O - 1)).clamp(min=0)
     scale = (variance.sqrt() + 1e-8) * _SHARPNESS  # (B, 3, H, W)
     colour = [
-        -((neighbour - pixels) / scale).square().mean(1, keepdim=True) for neighbour in _neighbours(pixels, dilations)
+        ((around - pixels) / scale).square_().mean(3, keepdim=True).neg_()
+        for around in _neighbours(pixels, border, dilations, rings)
     ]
-    weights = torch.stack(colour).softmax(0)
-    for weight, near in zip(weights, _nearness(dilations), strict=True):
-        weight += _POSITION * near
-    return weights
+    weights = torch.stack(colour)
+    shape = weights.shape[:3]
+    if rings:
+        weights[:, 1, 1] = -torch.inf
+    weights = weights.flatten(0, 2).softmax(0)
+    places = [i for i in range(len(weights)) if not rings or i % 9 != 4]
+    for place, near in zip(places, _nearness(dilations), strict=True):
+        weights[place] += _POSITION * near
+    return weights.view(*shape, *weights.shape[1:])
 
 
 def _nearness(dilations: Sequence[int]) -> list[float]:
@@ -113,13 +134,26 @@ def _nearness(dilations: Sequence[int]) -> list[float]:
     return [score / sum(scores) for score in scores]
 
 
-def _neighbours(x: Tensor, dilations: Sequence[int]) -> list[Tensor]:
-    """Return one view an offset, of x (B, C, H, W) continued beyond its border by the nearest pixel."""
+def _border(x: Tensor, margin: int) -> Border:
+    """Return the rows and the columns of x (B, C, H, W) that continue it by its nearest pixels."""
+    rows, columns = (torch.arange(-margin, side + margin, device=x.device).clamp(0, side - 1) for side in x.shape[-2:])
+    return rows, columns
+
+
+def _neighbours(x: Tensor, border: Border, dilations: Sequence[int], rings: bool) -> list[Tensor]:
+    """Return views of x (B, C, H, W), continued beyond its border.
+
+    One an offset, (1, 1, B, C, H, W), or one a dilation, (3, 3, B, C, H, W), with x itself in the middle.
+    """
     (H, W), margin = x.shape[-2:], max(dilations)
-    rows, columns = (torch.arange(-margin, side + margin, device=x.device).clamp(0, side - 1) for side in (H, W))
-    padded = x.index_select(-2, rows).index_select(-1, columns)  # a padding's gradient is not deterministic on CUDA
+    padded = x.index_select(-2, border[0]).index_select(
+        -1, border[1]
+    )  # a padding's gradient is not deterministic on CUDA
+    if rings:
+        boxes = ((d, padded[..., margin - d : margin + H + d, margin - d : margin + W + d]) for d in dilations)
+        return [box.unfold(2, H, d).unfold(3, W, d).permute(2, 3, 0, 1, 4, 5) for d, box in boxes]
     starts = [(margin + d * dy, margin + d * dx) for d, (dy, dx) in product(dilations, _RING)]
-    return [padded[..., y : y + H, x : x + W] for y, x in starts]
+    return [padded[None, None, ..., y : y + H, x : x + W] for y, x in starts]
 
 
 def _check_settings(dilations: Sequence[int], iterations: int, size: float | None, normalize: bool) -> None:
