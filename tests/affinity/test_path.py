@@ -10,9 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pixelss import affinity_labels, affinity_loss, pair_offsets, path_affinity, random_walk
+from pixelss import _pieces, affinity_labels, affinity_loss, pair_offsets, path_affinity, random_walk
 from tests.blocks import Block
-from tests.oracles import BAD_RADII, assert_matches, assert_refuses, field, pair_offsets_by_loops, pairs
+from tests.oracles import (
+    BAD_RADII,
+    assert_matches,
+    assert_refuses,
+    field,
+    pair_offsets_by_loops,
+    pairs,
+    value_and_grads,
+)
 from tests.strategies import make_batch
 
 SIGNATURES = {
@@ -145,3 +153,16 @@ BOUNDARY = torch.rand(2, 1, 4, 5)
 )
 def test_affinity_refuses(name, value, error):
     assert_refuses(path_affinity, {"boundary": BOUNDARY}, name, value, error)
+
+
+@pytest.mark.parametrize("entries", [1, 1000, 2**24])
+def test_paths_at_a_time_change_nothing(monkeypatch, entries):
+    boundary = make_batch(image_size=(5, 6)).probs[:, :1]
+    whole = value_and_grads(path_affinity, boundary)
+    monkeypatch.setattr(_pieces, "_CPU", entries)
+    assert all(map(torch.equal, value_and_grads(path_affinity, boundary), whole))
+
+
+def test_second_derivatives_are_those_of_finite_differences():
+    boundary = make_batch(image_size=(3, 4), images=1).probs[:, :1].clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: path_affinity(x, radius=3) ** 2, boundary)

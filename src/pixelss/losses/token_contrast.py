@@ -28,8 +28,8 @@ def patch_token_contrast(features: Tensor, mask: Tensor, *, ignore_index: int = 
         ignore_index: the mask's void value.
 
     Shape:
-        (B, D, h, w), (B, h, w) -> scalar; float32 for half precision. The pairs of one image are held at a time, and
-        none for the backward pass; there is no second derivative.
+        (B, D, h, w), (B, h, w) -> scalar; float32 for half precision. The pairs of one image are held at a time, on a
+        GPU those of 2^24 entries, and none for the backward pass; there is no second derivative.
 
     Raises:
         TypeError, ValueError: arguments of another rank, size, dtype kind or device.

@@ -39,7 +39,8 @@ def pixel_adaptive_refinement(
 
     The published weights add up to 1.01, so that scores grow by a tenth in ten iterations; here they are divided by it.
     No map of all neighbours is stored: memory holds the weights, B H W a neighbour, and a few copies of the scores;
-    where these carry a gradient, those of every iteration.
+    where these carry a gradient, those of every iteration. On a GPU small maps are moved a dilation at a time, which
+    takes nine more copies.
 
     Args:
         images: RGB of any scale and dtype, levels or normalised: colours are compared in their own deviations.
