@@ -75,7 +75,7 @@ class _PathAffinity(torch.autograd.Function):
         table = torch.tensor([[number[cell] for cell in path] + [0] * (longest - len(path)) for path in paths])
         table = table.to(places.device, non_blocking=True)  # numbers of the paths' cells
         slopes = grads[0].new_zeros(len(number), B, h, w)
-        count = max(1, entries_at_a_time(slopes) // max(1, B * h * w))
+        count = max(1, entries_at_a_time(slopes) // max(1, longest * B * h * w))
         pieces = (x.split(count) for x in (table, places.flatten(1), grads[0].transpose(0, 1)))
         for numbers, place, grad in zip(*pieces, strict=True):
             at = numbers.gather(1, place.long()).view(grad.shape)
