@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from einops import einsum
@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from pixelss._checks import TAGS_HINT, check_choice, check_maps, check_tensor
 from pixelss._dtype import activation, full_precision, promote
+from pixelss._pieces import entries_at_a_time
 
 
 def scale_dissimilarity(student: Tensor, teacher: Tensor) -> Tensor:
@@ -129,12 +130,38 @@ def multi_scale_attentive_loss(
     on_cpu = isinstance(tags, Tensor) and tags.device.type == "cpu"
     check_tensor("tags", tags, "BN", kind="any", like=None if on_cpu else first, hint=TAGS_HINT, B=B, N=N)
     image, k = (tags > 0).nonzero().to(first.device, non_blocking=True).unbind(1)  # (P,) each
-    student, teacher = (
-        activation(torch.stack([promote(cam[image, k]) for cam in cams]))  # (S, P, H, W), (R, P, H, W)
-        for cams in (student_cams, teacher_cams)
-    )
-    loss = (student - attentive_target(student, teacher, attentive=attentive)).abs().sum()
-    return loss if reduction == "sum" else loss / max(1, student[0].numel())
+    teacher = [cam.detach() for cam in teacher_cams]
+    total: Tensor = _Distance.apply(attentive, image, k, teacher, *student_cams)
+    return total if reduction == "sum" else total / max(1, len(image) * H * W)
+
+
+class _Distance(torch.autograd.Function):
+    """The sum of distances to the targets, some pairs at a time; a sign, one byte, is all that waits for a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, attentive: bool, image: Tensor, k: Tensor, teacher: list[Tensor], *student: Tensor) -> Tensor:
+        pixels = student[0].shape[-2] * student[0].shape[-1]
+        # Traced, how many pairs there are is not known.
+        many = len(image) if torch.compiler.is_compiling() else entries_at_a_time(student[0]) // max(1, pixels)
+        total, signs = promote(student[0]).new_zeros(()), []
+        for i, n in zip(image.split(max(1, many)), k.split(max(1, many)), strict=True):
+            s, t = (torch.stack([promote(cam[i, n]) for cam in cams]) for cams in (student, teacher))
+            target = attentive_target(activation(s), activation(t), attentive=attentive)
+            distance = activation(s) - target  # (S, some of P, H, W)
+            total = total + distance.abs().sum()
+            signs.append(distance.sign_().mul_(s.isfinite()).to(torch.int8))
+        ctx.save_for_backward(image, k, torch.cat(signs, 1))
+        ctx.shape, ctx.dtypes = student[0].shape, [cam.dtype for cam in student]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        image, k, signs = ctx.saved_tensors
+        slopes = []
+        for sign, dtype in zip(signs, ctx.dtypes, strict=True):
+            slopes.append(grads[0].new_zeros(ctx.shape, dtype=dtype))
+            slopes[-1][image, k] = (grads[0] * sign).to(dtype)
+        return None, None, None, None, *slopes
 
 
 def _check_settings(attentive: bool, reduction: str) -> None:
