@@ -1,10 +1,12 @@
-"""Pseudo-labels from CAMs: mIoU and time of every refiner at every background score.
+"""Pseudo-labels from CAMs: every refiner at every background score.
 
-    python benchmarks/labels.py        # generated images, the small network of the examples
-    python benchmarks/labels.py RUN    # photographs; RUN is a run folder of examples/voc, with train_cam in it
+    python benchmarks/labels.py      # generated images, the examples' network
+    python benchmarks/labels.py RUN  # photographs, by a run of examples/voc
 
-The photographs are those of PIXELSS_VOC_MINI, whose masks score and teach nothing. One core, no random choices. Prints
-Markdown: the mIoU over all images in per cent, and the median of a refiner's CPU seconds over all its calls.
+RUN is a run folder with train_cam in it; its photographs are those of
+PIXELSS_VOC_MINI, whose masks score and teach nothing. One core, no random
+choices. Prints Markdown: the mIoU over all images in per cent, and the median
+of a refiner's CPU seconds over all its calls.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Time and peak memory of the losses against their literal implementations, forward and backward, in one run.
+"""Time and peak memory of the losses against their literal implementations.
 
     python benchmarks/losses.py --device cpu
     python benchmarks/losses.py --device cuda --out losses.json
 
-Ratios are the literal way divided by ours; paired.py says what is measured.
+Forward and backward, in one run. Ratios are the literal way divided by ours;
+paired.py says what is measured.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Time and peak memory of the refinement blocks against what the field uses, in one run.
+"""Time and peak memory of the refinement blocks against what the field uses.
 
     python benchmarks/refine.py --device cpu --out refine.json
     python benchmarks/refine.py --device cuda
 
-The CRF is compared with the C++ code (pip install -e ".[crf-reference]") on one core, on photographs where
-PIXELSS_VOC_MINI has them, else on generated images; the random walk with the power of the dense matrix, by squaring;
-the others with what the public code writes.
+The CRF is compared with the C++ code (pip install -e ".[crf-reference]") on one
+core, on photographs where PIXELSS_VOC_MINI has them, else on generated images;
+the random walk with the power of the dense matrix, by squaring; the others with
+what the public code writes.
 """
 
 from __future__ import annotations

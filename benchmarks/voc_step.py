@@ -1,13 +1,17 @@
-"""Speed of examples/voc: the whole step of train_cam, the loading of its batches, CAM inference.
+r"""Speed of examples/voc: the step of train_cam, its loader, CAM inference.
 
-    python benchmarks/voc_step.py --backbone small --batch 4 --crop 64 --images 4 --steps 3      # small, for a CPU
-    python benchmarks/voc_step.py --device cuda --peak 790 --out voc_step.json                   # the paper's setting
-    python benchmarks/voc_step.py --device cuda --data VOC2012 --list train --workers 16         # photographs
+    python benchmarks/voc_step.py --backbone small --batch 4 --crop 64 \
+        --images 4 --steps 3                           # small, for a CPU
+    python benchmarks/voc_step.py --device cuda --peak 790 --out voc_step.json
+    python benchmarks/voc_step.py --device cuda --data VOC2012 --workers 16
 
-A step is one of examples/voc/training.py itself: student forward and backward, teacher forward, all losses, SGD, EMA.
-The network is frozen where the paper's is, its norms and ResNet38's stem; its arithmetic is that of the networks alone,
-and MFU the share of --peak that it reaches. Every row has a process of its own. Without --data the images are blurred
-noise of VOC's sizes. On CUDA torch's float32 convolutions are TF32.
+The second is the paper's setting, the third on photographs. A step is one of
+examples/voc/training.py itself: student forward and backward, teacher forward,
+all losses, SGD, EMA. The network is frozen where the paper's is, its norms and
+ResNet38's stem; its arithmetic is that of the networks alone, and MFU the share
+of --peak that it reaches. Every row has a process of its own. Without --data
+the images are blurred noise of VOC's sizes. On CUDA torch's float32
+convolutions are TF32.
 """
 
 from __future__ import annotations

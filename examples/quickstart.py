@@ -1,12 +1,16 @@
-"""Train a CAM network with and without the self-supervised blocks, score its CAMs, print a table, save a picture.
+r"""Train a CAM network with and without the self-supervised blocks, score it.
 
-    python examples/quickstart.py                                          # generated images, CPU, a few minutes
-    python examples/quickstart.py --data VOC2012 --backbone resnet38 --weights resnet38.params --device cuda
+Prints a table and saves a picture.
 
-One baseline is trained per seed on the classification loss; every row of the table continues from that checkpoint
-for the same number of iterations over the same batches, so that rows differ in their losses alone. The rows' setting
-was chosen on the generator's seeds 11 and 12 (python examples/shapes.py DIR --seed 11, then --data DIR); the images
-drawn here are seed 0.
+    python examples/quickstart.py     # generated images, CPU, a few minutes
+    python examples/quickstart.py --data VOC2012 --device cuda \
+        --backbone resnet38 --weights resnet38.params
+
+One baseline is trained per seed on the classification loss; every row of the
+table continues from that checkpoint for the same number of iterations over the
+same batches, so that rows differ in their losses alone. The rows' setting was
+chosen on the generator's seeds 11 and 12 (python examples/shapes.py DIR
+--seed 11, then --data DIR); the images drawn here are seed 0.
 """
 
 from __future__ import annotations
@@ -52,23 +56,31 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, help="a VOC-layout folder; default: generated images")
-    add("--out", type=Path, default=Path("runs/quickstart"), help="folder of the picture and results.json")
+    add(
+        "--out", type=Path, default=Path("runs/quickstart"), help="folder of the picture and results.json (%(default)s)"
+    )
     add("--backbone", default="small", help="small, resnet38 or any timm name")
     add("--weights", type=Path, help="a weight file of the backbone; its norms are then frozen")
-    add("--seeds", type=int, nargs="+", default=[0])
-    add("--device", default="cpu")
+    add("--seeds", type=int, nargs="+", default=[0], help="one baseline and its rows each (0)")
+    add("--device", default="cpu", help="cpu or cuda")
     add("--form", default="infonce", choices=["infonce", "ratio"], help="of the regional contrastive loss")
-    add("--warmup", type=int, default=300, help="iterations of the baseline")
-    add("--iterations", type=int, default=100, help="iterations of every row after it")
+    add("--warmup", type=int, default=300, help="iterations of the baseline (%(default)s)")
+    add("--iterations", type=int, default=100, help="iterations of every row after it (%(default)s)")
     add("--warmup-lr", type=float, help="of the baseline: momentum 0.9, head x10 on weights; 0.02, with weights 0.005")
     add("--lr", type=float, help="of the rows: head x1, poly decay; 0.01, with weights 0.005")
-    add("--momentum", type=float, default=0.9, help="of the rows' SGD")
+    add("--momentum", type=float, default=0.9, help="of the rows' SGD (%(default)s)")
     add("--alpha", type=float, help="the teacher's momentum; default: what keeps the paper's lag, 3.3")
-    add("--threshold", type=float, default=0.4, help="of the region mask: best where the CAMs' own best threshold is")
-    add("--batch", type=int, default=16)
-    add("--crop", type=int, default=80, help="side of a training crop in pixels")
-    add("--rescale", type=float, nargs=2, default=(0.8, 1.3), help="range of the training images' random rescale")
-    add("--score-images", type=int, default=120, help="score the first so many images of train.txt")
+    add("--threshold", type=float, default=0.4, help="of the region mask (%(default)s)")
+    add("--batch", type=int, default=16, help="images a step (%(default)s)")
+    add("--crop", type=int, default=80, help="side of a training crop in pixels (%(default)s)")
+    add(
+        "--rescale",
+        type=float,
+        nargs=2,
+        default=(0.8, 1.3),
+        help="range of the training images' random rescale (0.8 1.3)",
+    )
+    add("--score-images", type=int, default=120, help="score the first so many images of train.txt (%(default)s)")
     args = parser.parse_args()
     if args.weights and args.backbone == "small":
         parser.error("--weights is of a published backbone: name it with --backbone")

@@ -136,9 +136,9 @@ def _write_images(root: Path, counts: dict[str, int], size: int, seed: int) -> N
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the generated data set in the VOC layout.")
-    parser.add_argument("root", type=Path)
-    parser.add_argument("--train", type=int, default=320)
-    parser.add_argument("--val", type=int, default=80)
-    parser.add_argument("--size", type=int, default=96)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("root", type=Path, help="folder to write to")
+    parser.add_argument("--train", type=int, default=320, help="images of the list train (%(default)s)")
+    parser.add_argument("--val", type=int, default=80, help="images of the list val (%(default)s)")
+    parser.add_argument("--size", type=int, default=96, help="side of an image in pixels (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the generator (%(default)s)")
     write_shapes(**vars(parser.parse_args()))

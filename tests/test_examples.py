@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from argparse import Namespace
@@ -173,6 +174,26 @@ def test_a_training_step_is_the_same_lines_everywhere(name):
 def digest(root: Path) -> str:
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
+
+
+SCRIPTS = [
+    *(EXAMPLES / name for name in ("quickstart.py", "shapes.py", "lite0_weights.py")),
+    *(EXAMPLES / "voc" / name for name in ("run.py", "tables.py", "headroom.py")),
+    *sorted(path for path in (EXAMPLES.parent / "benchmarks").glob("*.py") if path.stem != "paired"),
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_fits_a_terminal(script, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    monkeypatch.syspath_prepend(script.parent)
+    with pytest.raises(SystemExit, match=r"^(0|None)?$"):
+        runpy.run_path(str(script), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert f"{script.name} " in shown
+    assert "options:" in shown
+    assert [line for line in shown.splitlines() if len(line) > 80] == []
 
 
 def test_shapes_are_the_same_for_the_same_seed_and_kept(tmp_path):

@@ -264,7 +264,7 @@ class InferCAM:
 
 @dataclass
 class Affinity:
-    """Stage train_affinity: AffinityNet or IRNet's boundaries, the labels from two CRF results on the CAMs.
+    """Stage train_affinity: AffinityNet or IRNet's boundaries, on two CRF results.
 
     Args:
         kind: features: a pair's affinity is the likeness of its features (AffinityNet); path: no boundary lies between
@@ -290,7 +290,7 @@ class Affinity:
 
 @dataclass
 class MakeLabels:
-    """Stage make_labels: the random walk, and a CRF or pixel-adaptive refinement on its result.
+    """Stage make_labels: the random walk, and a CRF or PAR on its result.
 
     Args:
         alpha: of the background score that walks along.

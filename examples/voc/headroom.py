@@ -1,11 +1,16 @@
-"""Score what the modules would teach against the network that they would teach it to, before any training.
+r"""Score what the modules would teach against the network that they teach it to.
 
-    python headroom.py --data VOC2012 --config mini.yaml --cam.start_from runs/start/train_cam
+A check of a minute, before any training:
 
-Takes the crops and scales that train_cam would train on, here of the list data.score, for its masks; the finished
-network of cam.start_from is student and teacher, as at the first step. Prints, as Markdown, the mIoU of its CAM at
-every scale beside that of the targets of MMM and MAM for that scale, and that of RCM's class region mask. A module
-pulls the CAM towards its target: where the target is the worse of the two, expect it to do harm.
+    python headroom.py --data VOC2012 --config mini.yaml \
+        --cam.start_from runs/start/train_cam
+
+Takes the crops and scales that train_cam would train on, here of the list
+data.score, for its masks; the finished network of cam.start_from is student and
+teacher, as at the first step. Prints, as Markdown, the mIoU of its CAM at every
+scale beside that of the targets of MMM and MAM for that scale, and that of
+RCM's class region mask. A module pulls the CAM towards its target: where the
+target is the worse of the two, expect it to do harm.
 """
 
 from __future__ import annotations

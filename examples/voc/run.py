@@ -1,13 +1,18 @@
-"""Run the pipeline, or some of its stages, on a folder in the VOC layout or on photographs with tags.
+r"""Run the pipeline, or some of its stages.
 
-    python run.py --data VOC2012 --out runs/paper --network.weights resnet38.params
+The data are a folder in the VOC layout, or photographs with tags.
+
+    python run.py --data VOC2012 --out runs/paper \
+        --network.weights resnet38.params
     python run.py --data photographs --tags tags.csv --out runs/own
-    python run.py --data demo --out runs/demo                 # generated images, CPU, a few minutes
-    torchrun --nproc-per-node 4 run.py --data VOC2012 --out runs/paper --network.weights resnet38.params
+    python run.py --data demo --out runs/demo   # generated images, CPU, minutes
+    torchrun --nproc-per-node 4 run.py ...      # the same arguments
 
-Stages: {stages}.
-A finished stage is skipped; a killed one continues where it was. Any setting of the config can be given here, as
---cam.schedule.epochs 10. `run.py --help` lists them all.
+Stages:
+    {stages}.
+A finished stage is skipped; a killed one continues where it was. Any setting
+of the config can be given here, as --cam.schedule.epochs 10; they are listed
+below.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -98,7 +104,7 @@ def data_root(data: str, out: Path) -> Path:
 
 def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     """Return the options of this command and the resolved config."""
-    text = (__doc__ or "").format(stages=", ".join(STAGES))
+    text = (__doc__ or "").format(stages="\n    ".join(textwrap.wrap(", ".join(STAGES), 72)))
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False
     )

@@ -1,12 +1,18 @@
-"""The paper's ablations, a command each: tables 1, 2, 4 and 5 and figure 7, the paper's figures beside ours; and SEAM.
+r"""The paper's ablations and a table of the field's systems, a command each.
 
-    python tables.py table1 --data VOC2012 --out runs/tables --seeds 0 1 2 --network.weights resnet38.params
+Of the paper: tables 1, 2, 4 and 5 and figure 7, its figures beside ours.
 
-NAME is one of {names}, or all. Every row is a run of its own, OUT/rows/ROW/seed-SEED, made by run.py's stages:
-a killed table continues, and tables share rows. Rows differ in their losses alone: data, schedule, classification
-scales and number of iterations are the config's. With --start FILE every row of a seed continues from one network that
-is trained with that config on top and without the modules. Writes OUT/NAME.md, .csv and .png, and the CAMs' mIoU over
-thresholds as OUT/NAME-curves.png. The table field has two more groups of rows (field.py).
+    python tables.py table1 --data VOC2012 --out runs/tables --seeds 0 1 2 \
+        --network.weights resnet38.params
+
+NAME is one of {names}, or all. Every row is
+a run of its own, OUT/rows/ROW/seed-SEED, made by run.py's stages: a killed
+table continues, and tables share rows. Rows differ in their losses alone: data,
+schedule, classification scales and number of iterations are the config's. With
+--start FILE every row of a seed continues from one network that is trained with
+that config on top and without the modules. Writes OUT/NAME.md, .csv and .png,
+and the CAMs' mIoU over thresholds as OUT/NAME-curves.png. The table field has
+two more groups of rows (field.py).
 """
 
 from __future__ import annotations
@@ -246,9 +252,9 @@ def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("name", choices=[*TABLES, "all"])
+    parser.add_argument("name", choices=[*TABLES, "all"], metavar="NAME", help="the table")
     add_options(parser)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="every row once a seed (0)")
     parser.add_argument("--start", type=Path, help="a config of the network that all rows of a seed continue from")
     options, settings = parser.parse_known_args(arguments)
     if not (options.data and options.out):
