@@ -52,7 +52,8 @@ def test_check_tensor_dtype(kind, accepted):
 @pytest.mark.parametrize(
     ("value", "settings", "error", "message"),
     [
-        ([[1.0]], {}, TypeError, "cam must be a torch.Tensor, but is of type list"),
+        ([[1.0]], {}, TypeError, r"cam must be a torch.Tensor, but is of type list\. Pass torch.tensor\(cam\)\.$"),
+        ((IMAGE[0],), {}, TypeError, r"cam must be .*of type tuple\. Pass torch.stack\(cam\)\.$"),
         (IMAGE[0], {}, ValueError, r"cam must have shape \(B, N, H, W\), but has shape \(3, 4, 5\)"),
         (IMAGE, {"N": 4}, ValueError, r"cam must have shape \(B, N=4, H, W\), .*\(2, 3, 4, 5\): N is 3"),
         (IMAGE[:, :, :0], {}, ValueError, r"\(2, 3, 0, 5\): H is 0"),
@@ -60,7 +61,7 @@ def test_check_tensor_dtype(kind, accepted):
         (IMAGE.to("meta"), {"like": IMAGE, "hint": "Resize."}, ValueError, r"by \.to\(device\)\.$"),
         (IMAGE[0], {"hint": "Add a batch dimension."}, ValueError, r"Add a batch dimension\.$"),
     ],
-    ids=["type", "rank", "size", "empty", "device", "no size hint", "hint"],
+    ids=["type", "a sequence", "rank", "size", "empty", "device", "no size hint", "hint"],
 )
 def test_check_tensor_message(value, settings, error, message):
     with pytest.raises(error, match=message):

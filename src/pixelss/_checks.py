@@ -72,6 +72,9 @@ def _wanted(axes: str, sizes: dict[str, int]) -> str:
 
 def _not_a_tensor(name: str, value: object, axes: str, sizes: dict[str, int]) -> str:
     """Say what `value` is and, of a numpy array, the call that makes a tensor of it."""
+    if isinstance(value, (list, tuple)):
+        stacked = value and all(isinstance(one, Tensor) for one in value)
+        return f"of type {type(value).__name__}. Pass torch.{'stack' if stacked else 'tensor'}({name})"
     if not isinstance(value, np.ndarray):
         return f"of type {type(value).__name__}"
     channels_last = len(axes) == 4 and value.ndim == 3 and value.shape[-1] <= 4 < min(value.shape[:2])
@@ -137,7 +140,8 @@ def check_maps(
 def check_sequence(name: str, value: Sequence[object], of: str) -> None:
     """Raise unless `value` is a sequence with an entry or more; `of` says of what, as in "ints, one a tap"."""
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise TypeError(f"{name} must be a sequence of {of}, but is of type {type(value).__name__}.")
+        fix = f" Of one alone pass [{name}]." if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name} must be a sequence of {of}, but is of type {type(value).__name__}.{fix}")
     if len(value) == 0:
         raise ValueError(f"{name} must be a sequence of {of}, but is empty.")
 
