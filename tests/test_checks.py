@@ -194,7 +194,7 @@ def test_taps():
     check_taps(taps, (3, 6), shared="Bhw", like=IMAGE)
     check_taps([taps[0], taps[1][..., 1:]], (3, 6), shared="B", like=IMAGE)
     for value, error, message in (
-        (taps[0], TypeError, "taps must be a sequence"),
+        (taps[0], TypeError, r"taps must be a sequence .*of type Tensor\. Of one alone pass \[taps\]\.$"),
         (taps[:1], ValueError, "taps must hold 2 tensors, as in_channels, but holds 1"),
         (taps[::-1], ValueError, r"taps\[0\] must .*C is 6.* Theirs"),
         ([taps[0], taps[1][..., 1:]], ValueError, r"taps\[1\] must .*w is 4"),
