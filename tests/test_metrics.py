@@ -278,6 +278,26 @@ def test_sweep_takes_any_integer_target(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("thresholds", [None, [0.0, 0.25, 0.25 + 1e-6, 0.5, 1 - 1e-9]], ids=["apart", "close"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_sweep_histogram_counts_ties_and_values_at_thresholds(
+    thresholds: list[float] | None, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    N = 3
+    metric = ThresholdSweep(N, thresholds=thresholds)
+    compared = metric.thresholds.to(torch.promote_types(dtype, torch.float32))
+    levels = torch.cat([torch.linspace(0, 1, 41), metric.thresholds, metric.thresholds + 1e-3]).to(dtype)
+    cam = levels[torch.randint(len(levels), (2, N, 13, 17))].contiguous(memory_format=layout).requires_grad_()
+    target = torch.randint(0, N + 1, (2, 13, 17))
+    metric.update(cam, target)
+    expected = torch.zeros_like(metric.histogram)
+    for scores, truth in zip(cam.permute(0, 2, 3, 1).reshape(-1, N).tolist(), target.flatten().tolist(), strict=True):
+        below = sum(t < max(scores) for t in compared.tolist())
+        expected[below, truth, scores.index(max(scores))] += 1
+    assert_same(metric.histogram, expected)
+
+
 def test_sweep_allows_rounding_just_outside_the_range() -> None:
     cam = torch.tensor([[[[1.0078, -0.001]]]], dtype=torch.bfloat16, requires_grad=True)
     sweep = sweep_of((cam, torch.tensor([[[1, 0]]])), num_classes=1)
