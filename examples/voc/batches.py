@@ -34,11 +34,13 @@ class Batch(NamedTuple):
         images: normalised (B, 3, crop, crop), zero outside the image.
         tags: (B, N), on the CPU.
         maps: masks (B, M, crop, crop), uint8, void outside the image.
+        places: of the images in the training list (B,), on the CPU.
     """
 
     images: Tensor
     tags: Tensor
     maps: Tensor
+    places: Tensor = torch.zeros(0, dtype=torch.int64)
 
 
 class Window(NamedTuple):
@@ -141,9 +143,11 @@ class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
         epoch, place = divmod(position, len(self))
         order = _order(self.config.seed, epoch, len(self))
         for i in range(len(self)):
-            stem = self.stems[order[(place + i) % len(self)]]
+            index = int(order[(place + i) % len(self)])
+            stem = self.stems[index]
             try:
-                return self.sample(stem, np.random.default_rng((self.config.seed, 1, position))), skipped
+                sample = self.sample(stem, np.random.default_rng((self.config.seed, 1, position)))
+                return sample._replace(places=torch.tensor([index])), skipped
             except BadFileError as error:
                 if self.config.data.on_bad_file == "stop":
                     return BadFileError(f"{error} To pass over such images set data.on_bad_file: skip.")

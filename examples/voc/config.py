@@ -162,6 +162,10 @@ class CAM:
         puzzle: weight of Puzzle-CAM's losses of an image's tiles.
         ppc: weight of PPC's contrast of the two views' pixels, there beside SEAM's three losses.
         icd: weight of ICD's discrimination within a class, on the CAMs.
+        subcategory: weight of SC-CAM's classification by sub-categories (5 there), which takes a second classifier into
+            the network; they are found in the features of the network of `start_from`.
+        subclusters: sub-categories of each class.
+        ecs: weight of what the teacher still finds after an erasure, our reading of ECS-Net's abstract.
         rcm_gate: when the contrastive (and the direct) loss starts.
         mam_gate: when the attentive loss starts.
         scales: of student and teacher.
@@ -188,6 +192,9 @@ class CAM:
     puzzle: float = 0.0
     ppc: float = 0.0
     icd: float = 0.0
+    subcategory: float = 0.0
+    subclusters: int = 10
+    ecs: float = 0.0
     rcm_gate: Gate = field(default_factory=Gate)
     mam_gate: Gate = field(default_factory=lambda: Gate(epochs=6))
     scales: Scales = (0.5, 1.0, 2.0)
@@ -264,20 +271,22 @@ class InferCAM:
 
 @dataclass
 class Affinity:
-    """Stage train_affinity: AffinityNet or IRNet's boundaries, on two CRF results.
+    """Stage train_affinity: AffinityNet, IRNet's or BES's boundaries.
 
     Args:
         kind: features: a pair's affinity is the likeness of its features (AffinityNet); path: no boundary lies between
-            (IRNet), the backbone stays as it is.
+            (IRNet), the backbone stays as it is; zones: the same, learned where labels change, not by pairs (BES).
         alpha_low: of the background score whose foreground is trusted.
         alpha_high: of the background score whose background is trusted.
         radius: of the pairs, in cells; IRNet trains with 10.
+        zone_stride: of BES's zones, in pixels; they are cut out by a window of 13 of their cells.
     """
 
-    kind: Literal["features", "path"] = "features"
+    kind: Literal["features", "path", "zones"] = "features"
     alpha_low: float = 4.0
     alpha_high: float = 32.0
     radius: int = 5
+    zone_stride: int = 4
     crf: CRF = field(default_factory=CRF)
     schedule: Schedule = field(default_factory=lambda: Schedule(epochs=8, batch=8))
     augment: Augment = field(
@@ -295,7 +304,7 @@ class MakeLabels:
     Args:
         alpha: of the background score that walks along.
         radius: of the walk's pairs; null: affinity.radius. IRNet walks with 5.
-        beta: exponent of the affinities; null: 8, of paths 10.
+        beta: exponent of the affinities; null: 8, of paths 10, of zones 5.
         log_steps: logarithm to base 2 of the walk's steps.
         crf: on the walk's result; null leaves it out.
         par: refines the walk's result in the CRF's place; null: the CRF.
@@ -317,6 +326,7 @@ class Segmentation:
         norm: LargeFOV's variant with batch norm.
         from_cam: start from the CAM network's backbone, else from `network.weights`.
         scales: of the training loss.
+        energy: weight of RRM's dense energy (1e-7 there), which spreads labels along the colours into what is void.
         test_scales: of the inference, each also flipped.
         tile: side of the largest input in pixels.
         max_batch: most images of one shape that share a forward pass.
@@ -326,6 +336,7 @@ class Segmentation:
     norm: bool = False
     from_cam: bool = True
     scales: Scales = (1.0, 0.75, 0.5)
+    energy: float = 0.0
     test_scales: Scales = (0.5, 0.75, 1.0, 1.25, 1.5)
     tile: int = 1024
     max_batch: int = 4

@@ -1,13 +1,18 @@
-"""What a training costs: the seconds of a step, and the most memory that it took."""
+"""What a row of a table costs: the seconds of a step, the most memory that it took, and the lines of its code."""
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import gc
+import inspect
+import io
 import json
 import math
 import statistics
-from collections.abc import Iterator
+import textwrap
+import tokenize
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -46,6 +51,22 @@ def seconds_a_step(run: Run, stage: str) -> float:
     speeds = [speed for line in lines if (speed := json.loads(line)["images_per_s"]) > 0]
     batch: int = getattr(run.config, stage.removeprefix("train_")).schedule.batch
     return statistics.median(batch / speed for speed in speeds) if speeds else math.nan
+
+
+def code_lines(*parts: Callable[..., object]) -> int:
+    """Return how many lines of functions and classes hold code: no docstrings, comments or blank lines."""
+    return sum(_code_lines(inspect.getsource(part)) for part in parts)
+
+
+def _code_lines(source: str) -> int:
+    source, lines = textwrap.dedent(source), set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return len(lines)
 
 
 def _record(run: Run, stage: str) -> Path:

@@ -9,9 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 from config import Config, Scales
+from data import VOID
+from inference import shared_batches, to_input
 from networks import build_cam, load_start
+from numpy.typing import NDArray
+from parallel import sum_over
+from stages import Run
 from terms import Mean, Term, Views
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, batch_norm, binary_cross_entropy_with_logits
@@ -20,6 +26,7 @@ import pixelss
 
 _WHOLE: Scales = (1.0,)
 _PATCHES = 4  # along a side of what CPN hides
+_SURE = 0.5  # of ECS-Net's CAMs: what is erased, and what is foreground
 
 
 def erasing(config: Config, num_classes: int, images: int) -> Term:
@@ -27,17 +34,7 @@ def erasing(config: Config, num_classes: int, images: int) -> Term:
 
     Published: a weight that rises from .3 to 1, and one maximum of the mask for the whole batch, not one an image.
     """
-    folder = config.cam.start_from
-    if folder is None:
-        raise ValueError(
-            "cam.start_from must be a finished train_cam folder where cam.erase is above 0, but is null: its network is"
-            " the ordinary classifier that sees the erased images."
-        )
-    # Without weights, which the folder's file holds, and without a correlation, which a classifier has no use for.
-    plain = replace(config.network, weights=None)
-    ordinary = build_cam(replace(config, network=plain, cam=replace(config.cam, ecr=0, minpool=0)), num_classes)
-    load_start(ordinary, folder)
-    ordinary.requires_grad_(False).eval()
+    ordinary = _start(config, num_classes, "erase", "is the ordinary classifier that sees the erased images")
 
     def mean(views: Views) -> Mean:
         chosen = pixelss.choose_class(views.tags)
@@ -125,6 +122,92 @@ def intra_class(config: Config, num_classes: int, images: int) -> Term:
     return Term(mean, _WHOLE, modules={"direction": direction, "intra_class_steps": progress})
 
 
+def subcategory(config: Config, num_classes: int, images: int) -> Term:
+    """SC-CAM: a second classifier tells the clusters of each class apart, those of the images' pooled features.
+
+    Published: three rounds, each from ImageNet, with the features of the round before; here one, with the start's.
+    """
+    _start(config, num_classes, "subcategory", "gives the features that are clustered")  # refuses before the training
+    known = nn.Module()
+    known.register_buffer("tags", torch.zeros(images, num_classes * config.cam.subclusters))
+
+    def prepare(run: Run) -> None:
+        network = _start(config, num_classes, "subcategory", "gives the features that are clustered")
+        features, tags = _pooled(run, network.to(run.device))
+        generator = torch.Generator().manual_seed(config.seed)
+        found = pixelss.subcategory_tags(features, tags, clusters=config.cam.subclusters, generator=generator)
+        known.get_buffer("tags").copy_(found)
+
+    def mean(views: Views) -> Mean:
+        logits = views.head.subclassify(views.student[1.0].features.float().mean((2, 3)))
+        tags = known.get_buffer("tags")[views.places.to(logits.device)]
+        return binary_cross_entropy_with_logits(logits, tags), views.images_seen
+
+    return Term(mean, _WHOLE, modules={"subcategories": known}, prepare=prepare)
+
+
+def still_found(config: Config, num_classes: int, images: int) -> Term:
+    """ECS-Net, which has no public code, as we read its abstract: the rest of an object shows where its CAM is erased.
+
+    Erased is a class by the teacher's CAM. What the teacher then finds of the classes that it still recognises, which
+    drops noise, are the labels outside of what was erased. There it is a segmentation network that finds them.
+    """
+
+    @torch.no_grad()
+    def labels(views: Views) -> Tensor:
+        whole = _whole(views.ema, views.images)
+        erased = pixelss.erasing_mask(whole.cam, pixelss.choose_class(views.tags))
+        rest = _whole(views.ema, views.images * (1 - erased).to(views.images.dtype))
+        still = views.tags * (rest.logits > 0)
+        found = pixelss.normalize_cam(rest.cam) * still[:, :, None, None]
+        either = torch.maximum(found, pixelss.normalize_cam(whole.cam))
+        sure = pixelss.class_region_mask(found, still, threshold=_SURE)
+        anything = pixelss.class_region_mask(either, views.tags, threshold=config.cam.threshold)
+        return pixelss.confident_mask(sure, anything).masked_fill(erased[:, 0] > _SURE, VOID)
+
+    def mean(views: Views) -> Mean:
+        mask = labels(views)
+        pairs = (mask != VOID).sum((1, 2)) * (views.tags > 0).sum(1)  # (present pair, known pixel)
+        return pixelss.direct_loss(views.cam(1.0), mask, views.tags), pairs.sum()
+
+    return Term(mean, _WHOLE)
+
+
+def _start(config: Config, num_classes: int, weight: str, task: str) -> nn.Sequential:
+    """Return the network of `cam.start_from`, fixed, for the term of a weight, which it `task`."""
+    folder = config.cam.start_from
+    if folder is None:
+        raise ValueError(
+            f"cam.start_from must be a finished train_cam folder where cam.{weight} is above 0, but is null: its"
+            f" network {task}."
+        )
+    # Without weights, which the folder's file holds, and without what a plain classifier has no use for.
+    plain = replace(config.network, weights=None)
+    bare = replace(config.cam, ecr=0, minpool=0, subcategory=0)
+    network = build_cam(replace(config, network=plain, cam=bare), num_classes)
+    load_start(network, folder)
+    return network.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _pooled(run: Run, network: nn.Sequential) -> tuple[Tensor, Tensor]:
+    """Return pooled features and tags of the training list, whole images; zeros for one that cannot be read."""
+    stems = run.data.stems(run.config.data.train)
+    places = {stem: place for place, stem in enumerate(stems)}
+    features = torch.zeros(len(stems), run.config.network.dim, device=run.device)
+    tags = torch.zeros(len(stems), run.data.num_classes, device=run.device)
+
+    def read(stem: str) -> tuple[NDArray[np.uint8], Tensor]:
+        return run.data.image(stem), run.data.tags(stem)
+
+    for batch in shared_batches(run, stems, read, desc="features", max_batch=run.config.infer_cam.max_batch):
+        rows = [places[stem] for stem, _ in batch]
+        output = network(to_input(run, [image for _, (image, _) in batch])[1])
+        features[rows] = output.features.mean((2, 3))
+        tags[rows] = torch.stack([shown for _, (_, shown) in batch]).to(tags)
+    return sum_over(features), sum_over(tags)
+
+
 def _whole(model: Callable[[Tensor], pixelss.CAMOutput], images: Tensor) -> pixelss.CAMOutput:
     """Return the output for images as they are, its CAM at their size."""
     (output,) = pixelss.multi_scale_forward(model, images, scales=_WHOLE)
@@ -137,4 +220,6 @@ FIELD_TERMS: dict[str, Callable[[Config, int, int], Term]] = {
     "puzzle": puzzle,
     "ppc": pixel_prototype,
     "icd": intra_class,
+    "subcategory": subcategory,
+    "ecs": still_found,
 }

@@ -63,6 +63,7 @@ class Affinities:
         walkers: (scores (B, K, h, w), the head's output) -> what walks on them.
         beta: the exponent of the walk, where the config names none.
         trains_backbone: whether the head's gradient reaches the taps, which are then of one size.
+        zones: whether what it learns from are the zones of the labels, not pairs.
     """
 
     head: Callable[[Sequence[int], int], nn.Module]
@@ -70,6 +71,7 @@ class Affinities:
     walkers: Callable[[Tensor, Tensor], Tensor]
     beta: float
     trains_backbone: bool
+    zones: bool = False
 
 
 # By the name that affinity.kind gives them.
@@ -89,6 +91,7 @@ AFFINITIES: dict[str, Affinities] = {
         trains_backbone=False,
     ),
 }
+AFFINITIES["zones"] = replace(AFFINITIES["path"], beta=5, zones=True)  # BES
 
 
 class CorrelatedHead(pixelss.CAMHead):
@@ -173,9 +176,13 @@ def build_cam(config: Config, num_classes: int) -> nn.Sequential:
     backbone, dim = build_backbone(config.network), config.network.dim
     if config.cam.correlates:
         taps = TAPS.get(config.network.backbone, ())[:-1] or (backbone.out_channels,)
-        head = CorrelatedHead(backbone.out_channels, num_classes, dim=dim, taps=taps)
-        return Correlated(backbone, head)
-    return nn.Sequential(backbone, pixelss.CAMHead(backbone.out_channels, num_classes, dim=dim))
+        correlated = CorrelatedHead(backbone.out_channels, num_classes, dim=dim, taps=taps)
+        network: nn.Sequential = Correlated(backbone, correlated)
+    else:
+        network = nn.Sequential(backbone, pixelss.CAMHead(backbone.out_channels, num_classes, dim=dim))
+    if config.cam.subcategory > 0:
+        network[1].add_module("subclassify", nn.Linear(dim, num_classes * config.cam.subclusters))
+    return network
 
 
 def build_affinity(config: Config) -> nn.Sequential:
@@ -226,15 +233,19 @@ def load_trained(run: Run, stage: str) -> nn.Sequential:
 def load_start(network: nn.Module, folder: Path) -> None:
     """Load the weights of another run's finished train_cam folder.
 
-    A pixel correlation that only one of the two networks has stays untrained, or is left behind.
+    A pixel correlation or a second classifier that only one of the two networks has stays untrained, or is left behind.
     """
     path = folder / "model.pt"
     if not path.is_file():
         raise FileNotFoundError(f"cam.start_from must be a finished train_cam folder, but {path} is missing.")
     weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     own = network.state_dict()
-    kept = {name: weight for name, weight in own.items() if ".correlation." in name and name not in weights}
-    theirs = {name: weight for name, weight in weights.items() if ".correlation." not in name or name in own}
+
+    def optional(name: str) -> bool:
+        return ".correlation." in name or ".subclassify." in name
+
+    kept = {name: weight for name, weight in own.items() if optional(name) and name not in weights}
+    theirs = {name: weight for name, weight in weights.items() if not optional(name) or name in own}
     network.load_state_dict(kept | theirs)
 
 

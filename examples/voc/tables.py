@@ -65,6 +65,8 @@ ROWS: dict[str, dict[str, object]] = {
     "Puzzle-CAM": {"cam.rcm": 0, "cam.mam": 0, "cam.puzzle": 1},
     "PPC": {"cam.rcm": 0, "cam.mam": 0, "cam.er": 1, "cam.ecr": 1, "cam.minpool": 1, "cam.ppc": 1},
     "ICD": {"cam.rcm": 0, "cam.mam": 0, "cam.icd": 1},
+    "Sub-category": {"cam.rcm": 0, "cam.mam": 0, "cam.subcategory": 5},
+    "like ECS-Net": {"cam.rcm": 0, "cam.mam": 0, "cam.ecs": 1},
     **{f"RCM t={t}": {"cam.mam": 0, "cam.threshold": t} for t in THRESHOLDS},
 }
 
@@ -98,7 +100,10 @@ TABLES = {
     ),
     "field": Table(
         "The paper's modules beside the losses of other systems",
-        ["baseline", "SEAM", "OC-CSE", "CPN", "Puzzle-CAM", "PPC", "ICD", "direct", "RCM", "MAM", "MAM+RCM"],
+        [
+            *("baseline", "SEAM", "OC-CSE", "CPN", "Puzzle-CAM", "like ECS-Net", "PPC", "ICD", "Sub-category"),
+            *("direct", "RCM", "MAM", "MAM+RCM"),
+        ],
         ["miou", "precision", "recall"],
     ),
 }

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from batches import Batch
 from config import CAM, Config, Scales
+from stages import Run
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from training import gate_step
@@ -38,13 +40,14 @@ class Views:
     Attributes:
         tags: on the device.
         cpu_tags: the same on the CPU.
+        places: of the images in the training list, on the CPU.
     """
 
     def __init__(
         self, config: CAM, network: nn.Module, ema: nn.Module, batch: Batch, scales: Scales, *, refined: bool = False
     ) -> None:
         self.config, self.network, self.ema, self.scales, self._refined = config, network, ema, scales, refined
-        self.images, self.cpu_tags = batch.images, batch.tags
+        self.images, self.cpu_tags, self.places = batch.images, batch.tags, batch.places
         self.tags = batch.tags.to(batch.images.device, non_blocking=True)
         self._cams: dict[float, Tensor] = {}
 
@@ -84,6 +87,12 @@ class Views:
             present = torch.cat([torch.ones_like(present[:, :1]), present], 1)
         return pixelss.normalize_cam(cam, kind="minmax") * present[:, :, None, None]
 
+    @property
+    def head(self) -> Any:
+        """The student's head, for what its pass does not ask of it."""
+        network: Any = getattr(self.network, "module", self.network)  # DDP's hooks are the parameters'
+        return network[-1]
+
     @cached_property
     def images_seen(self) -> Tensor:
         """How many images this process has."""
@@ -120,6 +129,7 @@ class Term:
         start: steps before it starts.
         modules: what it keeps from step to step, by a name that no other term has: a checkpoint holds them.
         refined: whether it asks for the student's refined CAMs too.
+        prepare: called once before the training, at every start; what it fills of `modules` is the same each time.
     """
 
     mean: Callable[[Views], Mean]
@@ -127,6 +137,7 @@ class Term:
     start: int = 0
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     refined: bool = False
+    prepare: Callable[[Run], None] = lambda run: None
 
 
 def classification(config: Config, num_classes: int, images: int) -> Term:

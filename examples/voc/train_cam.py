@@ -39,6 +39,7 @@ def train_cam(run: Run) -> None:
     student.to(run.device)
     samples = Samples(run.data, run.data.stems(run.config.data.train), run.config, config.augment)
     objective = Objective(run.config, student, run.data.num_classes, len(samples))
+    objective.prepare(run)
     train(
         run,
         STAGE,
@@ -77,6 +78,11 @@ class Objective:
             if shared := self.modules.keys() & term.modules.keys():
                 raise ValueError(f"The term {name} must name its modules as no other does, but has {sorted(shared)}.")
             self.modules |= {key: module.to(device) for key, module in term.modules.items()}
+
+    def prepare(self, run: Run) -> None:
+        """Let the terms look at the training list."""
+        for term in self.terms.values():
+            term.prepare(run)
 
     def __call__(self, student: nn.Module, batch: Batch, step: int, report: bool) -> tuple[Tensor, dict[str, Tensor]]:
         active = {name: term for name, term in self.terms.items() if step >= term.start}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from batches import Batch, Samples
-from networks import build_segmentation, load_trained
+from networks import build_segmentation, load_trained, normalisation
 from parallel import shared_mean
 from stages import IMAGES, TAGS, Run, Stage
 from torch import Tensor, nn
@@ -27,10 +27,21 @@ def train_seg(run: Run) -> None:
     def loss(segmentation: nn.Module, batch: Batch, step: int, report: bool) -> tuple[Tensor, dict[str, Tensor]]:
         mask = batch.maps[:, 0].long()
         logits = [segmentation(rescaled(batch.images, scale)) for scale in config.scales]
-        value = pixelss.multi_scale_cross_entropy(logits, mask)
-        return shared_mean(value, (mask <= run.data.num_classes).sum()), {}
+        parts = {"ce": pixelss.multi_scale_cross_entropy(logits, mask)}
+        parts["ce"] = shared_mean(parts["ce"], (mask <= run.data.num_classes).sum())
+        if config.energy > 0:
+            energy = energy_of(run, batch.images, logits[0], mask)
+            parts["energy"] = config.energy * shared_mean(energy, energy.new_full((), len(mask)))
+        return torch.stack(list(parts.values())).sum(), parts
 
     train(run, STAGE, network, samples, loss)
+
+
+def energy_of(run: Run, images: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+    """Return RRM's dense energy of logits over normalised images; padding, which is zero, lies outside."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in normalisation(run.config))
+    levels, inside = (images * std + mean) * 255, (images != 0).any(1)
+    return pixelss.dense_energy_loss(levels, logits, mask=mask, region=inside)
 
 
 def rescaled(images: Tensor, scale: float) -> Tensor:

@@ -30,7 +30,8 @@ ALL = {"erase": 0.5, "hide": 1.0, "puzzle": 1.0, "ppc": 1.0, "icd": 1.0}
 @pytest.fixture
 def batch():
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return Batch(images, torch.tensor([[1.0, 0, 1], [0, 1, 0]]), torch.zeros(2, 0, 32, 32, dtype=torch.uint8))
+    tags, maps = torch.tensor([[1.0, 0, 1], [0, 1, 0]]), torch.zeros(2, 0, 32, 32, dtype=torch.uint8)
+    return Batch(images, tags, maps, torch.tensor([4, 1]))
 
 
 @pytest.fixture

@@ -37,7 +37,8 @@ def build(row: str, **changes: object) -> tuple[Objective, nn.Sequential]:
 def batch():
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, 32, 32, generator=generator)
-    return Batch(images, torch.tensor([[1.0, 0, 1], [0, 1, 0]]), torch.zeros(2, 0, 32, 32, dtype=torch.uint8))
+    tags, maps = torch.tensor([[1.0, 0, 1], [0, 1, 0]]), torch.zeros(2, 0, 32, 32, dtype=torch.uint8)
+    return Batch(images, tags, maps, torch.tensor([4, 1]))
 
 
 def calls_of(monkeypatch, name):
