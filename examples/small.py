@@ -1,7 +1,7 @@
 """Generated scenes in memory, and the small CAM network of all examples; for notebooks and pictures, trained.
 
-`trained()` takes half a minute the first time and is kept in runs/small.pth; `batch(scenes(8, seed=1))` gives images,
-tags and masks.
+`trained()` takes half a minute the first time and is kept beside this file, in runs/small.pth;
+`batch(scenes(8, seed=1))` gives images, tags and masks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 import pixelss
 
-CACHE = Path(__file__).parent.parent / "runs" / "small.pth"
+CACHE = Path(__file__).parent / "runs" / "small.pth"
 
 
 class Scene(NamedTuple):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,10 +29,22 @@ NOT_UNIT = {"slow", "pipeline", "processes", "inductor"}
 collect_ignore = ["golden/make_crf.py"]  # a script that needs the extra crf-reference
 
 
+def missing_for_machine_code() -> str:
+    """Return what inductor lacks on a CPU: the compiler that torch calls, the headers it includes, or nothing."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        return f"no C++ compiler {compiler}"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.exists() else f"no header {header}"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the pipeline's tests by their place, those that compile by name, and as `unit` what has no other mark."""
+    missing = missing_for_machine_code()
     for item in items:
+        if missing and "to_machine_code" in item.name:
+            item.add_marker(pytest.mark.skip(reason=f"{missing}: nothing can be compiled to machine code"))
         if PIPELINE.search(item.path.as_posix()):
             item.add_marker(pytest.mark.pipeline)
         if "compile" in item.name:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import pixelss
+import pixelss.examples
 import pixelss.io
 import pixelss.viz
 

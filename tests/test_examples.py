@@ -4,7 +4,9 @@ import ast
 import hashlib
 import json
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -22,6 +24,7 @@ sys.path.insert(0, str(EXAMPLES))
 from quickstart import in_words, pace, parse_args, print_table, read_data  # noqa: E402
 from shapes import CLASSES, VOID, write_shapes  # noqa: E402
 
+from pixelss.examples import _EXTRA, _SUFFIXES, copy_examples, main  # noqa: E402
 from pixelss.viz import voc_palette  # noqa: E402
 
 
@@ -225,3 +228,62 @@ def test_shapes_are_in_the_voc_layout(tmp_path):
             if f"<name>{name}</name>" in (root / f"Annotations/{stem}.xml").read_text()
         }
         assert values == tags
+
+
+# Copied out of the package: python -m pixelss.examples FOLDER
+
+
+def test_the_copy_holds_what_git_holds(tmp_path, capsys):
+    folder = tmp_path / "of my own"
+    main([str(folder)])
+    copied = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"quickstart.py", "recipes/plain_loop.py", "notebooks/refine.ipynb", "voc/run.py", "voc/own.yaml"} <= copied
+    assert all((folder / name).read_bytes() == (EXAMPLES / name).read_bytes() for name in copied)
+    said = capsys.readouterr().out
+    assert said.startswith(f"Wrote {len(copied)} files; ")
+    assert said.splitlines()[-1].endswith(f"python '{folder / 'quickstart.py'}'")
+    if (EXAMPLES.parent / ".git").exists() and shutil.which("git"):
+        listed = subprocess.run(["git", "ls-files"], cwd=EXAMPLES, check=True, capture_output=True, text=True).stdout
+        assert copied == {name for name in listed.splitlines() if (EXAMPLES / name).exists()}
+
+
+def test_a_copy_leaves_out_results_and_caches_and_itself(tmp_path, monkeypatch):
+    for name in ("a.py", "voc/b.yaml", "lite0.pth", "runs/c.py", "voc/__pycache__/d.py", ".ipynb_checkpoints/e.ipynb"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr("pixelss.examples._CHECKOUT", tmp_path)
+    (tmp_path / "inside").mkdir()
+    assert copy_examples(tmp_path / "inside") == [tmp_path / "inside" / name for name in ("a.py", "voc/b.yaml")]
+
+
+@pytest.mark.parametrize("place", ["full", "full/mine.txt", "full/mine.txt/below"])
+def test_a_copy_overwrites_nothing(tmp_path, capsys, place):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path / place)])
+    assert ended.value.code == 2
+    assert place in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine.txt"]
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+def test_a_package_without_examples_says_so(tmp_path, monkeypatch):
+    (tmp_path / "none").mkdir()
+    monkeypatch.setattr("pixelss.examples._CHECKOUT", tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="came without examples"):
+        copy_examples(tmp_path / "copy")
+
+
+def test_a_copy_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pixelss.examples.find_spec", lambda name: None)
+    main([str(tmp_path / "copy")])
+    assert '\nNext: python -m pip install "pixelss[examples]" && python ' in capsys.readouterr().out
+
+
+def test_the_extra_and_the_wheel_have_what_the_copy_looks_for():
+    project = (EXAMPLES.parent / "pyproject.toml").read_text()
+    assert tuple(re.findall(r'"/examples/\*\*/\*(\.\w+)"', project)) == _SUFFIXES
+    (extra,) = re.findall(r"^examples = \[(.*)\]$", project, re.MULTILINE)
+    named = {name.lower() for name in re.findall(r'"([a-z]+)[\[>]', extra)} - {"pixelss"} | {"matplotlib"}  # of viz
+    assert {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in _EXTRA} == named

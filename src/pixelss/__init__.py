@@ -103,7 +103,7 @@ from pixelss.targets import (
     subcategory_tags,
 )
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "AffinityHead",
