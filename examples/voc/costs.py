@@ -22,6 +22,9 @@ from stages import Run
 from storage import write_atomic
 
 
+_NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+
+
 @contextmanager
 def watched(run: Run, stage: str) -> Iterator[None]:
     """Write the peak of memory while a stage runs to STAGE-memory.json; of one that continues, since it does."""
@@ -61,7 +64,7 @@ def code_lines(*parts: Callable[..., object]) -> int:
 def _code_lines(source: str) -> int:
     source, lines = textwrap.dedent(source), set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+        if token.type not in _NO_CODE:
             lines |= set(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:

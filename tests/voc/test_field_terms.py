@@ -9,7 +9,7 @@ import torch
 import train_cam
 from batches import Batch
 from config import CAM, Optimizer
-from networks import build_cam
+from networks import build_cam, to_tensor
 from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_logits
 from train_cam import Objective
 
@@ -24,7 +24,7 @@ from tests.voc.trainings import (
 )
 
 N = 3
-ALL = {"erase": 0.5, "hide": 1.0, "puzzle": 1.0, "ppc": 1.0, "icd": 1.0}
+ALL = {"erase": 0.5, "hide": 1.0, "puzzle": 1.0, "ppc": 1.0, "icd": 1.0, "subcategory": 5.0, "ecs": 1.0}
 
 
 @pytest.fixture
@@ -87,9 +87,10 @@ def test_erasing_shows_the_start_s_network_the_images_without_one_class(batch, s
     assert student[1].classify.weight.grad.abs().sum() > 0  # through the mask
 
 
-def test_erasing_needs_a_start(batch):
-    with pytest.raises(ValueError, match=r"cam\.start_from must be a finished train_cam folder .* but is null"):
-        parts_of(batch, erase=0.5)
+@pytest.mark.parametrize("name", ["erase", "subcategory"])
+def test_terms_that_need_a_start(batch, name):
+    with pytest.raises(ValueError, match=rf"cam\.start_from must be a finished .* cam\.{name} is above 0, but is null"):
+        parts_of(batch, **{name: 0.5})
 
 
 def test_complementary_term_compares_with_what_both_parts_show(batch):
@@ -152,6 +153,80 @@ def test_intra_class_term_warms_up_over_two_epochs(batch):
     value = pixelss.intra_class_loss(logits, objective.modules["direction"](features), batch.tags)
     torch.testing.assert_close(parts["icd"].float(), value)
     assert value > 0.01
+
+
+def test_subcategory_term_has_the_tags_of_the_places(batch, start):
+    parts, objective, student = parts_of(batch, subcategory=5.0, subclusters=2, start_from=start)
+    tags = objective.modules["subcategories"].tags
+    assert tags.shape == (100, 2 * N)
+    assert not tags.any()  # nobody has looked at the images
+    logits = student[1].subclassify(student(batch.images).features.mean((2, 3)))
+    torch.testing.assert_close(parts["subcategory"], binary_cross_entropy_with_logits(logits, torch.zeros(2, 2 * N)))
+    tags[4, 1] = tags[1, 2] = 1  # the batch's images are 4 and 1 of the list
+    torch.manual_seed(3)
+    _, parts = objective(student, batch, 0, False)
+    wanted = torch.zeros(2, 2 * N)
+    wanted[0, 1] = wanted[1, 2] = 1
+    torch.testing.assert_close(parts["subcategory"].float(), binary_cross_entropy_with_logits(logits, wanted))
+    parts["subcategory"].backward()
+    assert student[1].subclassify.weight.grad.abs().sum() > 0
+    assert student[1].project.weight.grad.abs().sum() > 0
+
+
+def test_subcategories_are_clusters_of_the_start_s_features(root, whole, tmp_path):
+    """Of whole images in the list's order; the second classifier is trained and stays out of inference."""
+    cam = replace(tiny_config().cam, subcategory=5.0, subclusters=2, start_from=whole.folder("train_cam"))
+    run = open_run(root, tmp_path, tiny_config(cam=cam))
+    objective = Objective(run.config, build_cam(run.config, 4), 4, len(run.data.stems("train")))
+    objective.prepare(run)
+    network = build_cam(tiny_config(), 4)
+    network.load_state_dict(torch.load(whole.folder("train_cam") / "model.pt", weights_only=True))
+    stems, features = run.data.stems("train"), []
+    for stem in stems:
+        with torch.no_grad():
+            features.append(network.eval()(to_tensor(run.data.image(stem), run.config)[None]).features.mean((2, 3)))
+    tags = torch.stack([run.data.tags(stem) for stem in stems])
+    generator = torch.Generator().manual_seed(0)
+    wanted = pixelss.subcategory_tags(torch.cat(features), tags, clusters=2, generator=generator)
+    assert torch.equal(objective.modules["subcategories"].tags, wanted)
+    assert (wanted.unflatten(1, (4, 2)).sum(2) == tags).all()
+
+
+def test_erased_objects_that_are_still_found_are_labels(batch):
+    """ECS-Net as we read it, by a loop over pixels."""
+    noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    batch = batch._replace(images=noise * torch.linspace(0, 3, 32))  # a class is no longer recognised, but is active
+    parts, _, student = parts_of(batch, ecs=1.0)
+    teacher = build_cam(tiny_config(), N)
+    teacher.load_state_dict(student.state_dict())  # as it starts
+
+    def normalised(cam):
+        return cam.relu() / cam.relu().amax((2, 3), keepdim=True).clamp(min=1e-9)
+
+    torch.manual_seed(3)
+    chosen = pixelss.choose_class(batch.tags)
+    with torch.no_grad():
+        whole = cam_at(teacher, batch.images)
+        erased = normalised(whole)[range(2), chosen.argmax(1)]
+        hidden = batch.images * (1 - erased[:, None])
+        logits, rest = teacher(hidden).logits, normalised(cam_at(teacher, hidden))
+    cam = normalised(cam_at(student, batch.images)).clamp(1e-7, 1 - 1e-7)
+    losses, kinds = [], set()
+    for b in range(2):
+        present = batch.tags[b].nonzero().flatten().tolist()
+        still = [k for k in present if logits[b, k] > 0]
+        for y in range(32):
+            for x in range(32):
+                found = {k: rest[b, k, y, x].item() for k in still}
+                seen = max([normalised(whole)[b, k, y, x].item() for k in present] + list(found.values()))
+                best = max(found, key=found.get, default=None)
+                if erased[b, y, x] > 0.5 or (seen > 0.2 and (best is None or found[best] <= 0.5)):
+                    continue  # erased, or unsure
+                label = best if best is not None and found[best] > 0.5 else None
+                kinds.add(label)
+                losses += [-(cam[b, k, y, x].log() if k == label else (1 - cam[b, k, y, x]).log()) for k in present]
+    assert len(kinds) > 1  # background and an object
+    torch.testing.assert_close(parts["ecs"], torch.stack(losses).mean(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -164,6 +164,13 @@ def test_table_shows_mean_half_range_and_the_paper_s_figure(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_table_of_the_field_with_every_row(shapes: Path, tiny: Path, tmp_path: Path, call: Call) -> None:
+    base = ("--data", shapes, "--out", tmp_path, "--config", VOC / "demo.yaml", "--config", tiny)
+    printed = call(tables.main, "field", *base, "--start", tiny)
+    check_table_of_the_field(printed, tables.TABLES["field"].rows)
+
+
+@pytest.mark.slow
 def test_all_tables(shapes: Path, tiny: Path, tmp_path: Path, call: Call) -> None:
     base = ("--data", shapes, "--out", tmp_path, "--config", VOC / "demo.yaml", "--config", tiny)
     call(tables.main, "all", *base, "--start", tiny)

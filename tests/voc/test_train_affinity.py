@@ -13,6 +13,7 @@ from networks import build_affinity, load_trained
 from torch.testing import assert_close
 
 import pixelss
+from tests.oracles import bilinear
 from tests.voc.trainings import STEPS, check_resumed, metrics, open_run, tiny_config, with_labels
 
 
@@ -34,9 +35,9 @@ def test_label_maps_are_read_at_the_centres_of_cells():
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_boundaries_are_trained_and_resumed_bit_for_bit(root, whole, tmp_path, monkeypatch, precision):
-    config = tiny_config(precision=precision, affinity=replace(tiny_config().affinity, kind="path", radius=3))
+@pytest.mark.parametrize(("kind", "precision"), [("path", "float32"), ("path", "bf16"), ("zones", "float32")])
+def test_boundaries_are_trained_and_resumed_bit_for_bit(root, whole, tmp_path, monkeypatch, kind, precision):
+    config = tiny_config(precision=precision, affinity=replace(tiny_config().affinity, kind=kind, radius=3))
     unbroken, broken = (with_labels(open_run(root, tmp_path / name, config)) for name in ("unbroken", "broken"))
     for run in (unbroken, broken):
         shutil.copytree(whole.folder("train_cam"), run.folder("train_cam"))
@@ -61,3 +62,21 @@ def test_boundaries_are_trained_and_resumed_bit_for_bit(root, whole, tmp_path, m
     torch.manual_seed(config.seed)
     start = build_affinity(config)[1].state_dict()
     assert not any(value.equal(start[name]) for name, value in head.state_dict().items() if name.endswith("weight"))
+
+
+def test_zones_sum_to_the_loss_of_all_of_them():
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.zeros(2, 2, 40, 40, dtype=torch.uint8)
+    maps[:, :, :20] = 1
+    maps[1, :, :, :20] += 1
+    maps[0, 0, 5:9] = 0  # the two are not one there
+    logits = torch.randn(2, 1, 5, 5, generator=generator)
+    for stride in (1, 2):
+        low, high = maps[:, :, stride // 2 :: stride, stride // 2 :: stride].long().unbind(1)
+        zones = pixelss.boundary_mask(pixelss.confident_mask(low, high), 3)
+        assert {0, 1, 2, 255} <= set(zones.unique().tolist())
+        probability = bilinear(logits, zones.shape[-2:]).sigmoid()
+        loss, parts = train_affinity.zone_by_zone(logits, maps, 3, stride)
+        assert_close(loss, pixelss.boundary_loss(probability, zones), check_dtype=False)
+        assert set(parts) == {"background", "foreground", "boundary"}
+        assert all(part > 0 for part in parts.values())
