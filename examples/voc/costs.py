@@ -21,7 +21,6 @@ from parallel import rank
 from stages import Run
 from storage import write_atomic
 
-
 _NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

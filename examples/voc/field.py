@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -83,11 +84,7 @@ def field_groups(runs: dict[str, list[Run]]) -> dict[str, Rows]:
             name: [_refined(run, name) for run in baselines] for name in (*CAMS, *MASKS)
         },
         "segmentation on RRM's reliable labels (seconds a step)": {
-            "cross-entropy": [_segmented(run, "seg-plain", 0.0) for run in baselines],
-            "RRM's energy": [
-                {**_segmented(run, "seg-energy", energy_weight(run)), "lines": code_lines(energy_of)}
-                for run in baselines
-            ],
+            name: [_segmented(run, one) for run in baselines] for name, one in SEGMENTATIONS.items()
         },
     }
 
@@ -122,9 +119,14 @@ def _scored(run: Run, *, few: bool) -> Sequence[str]:
     return stems[:: max(1, len(stems) // _FEW)][:_FEW] if few else stems
 
 
+def kept_path(run: Run, name: str) -> Path:
+    """Return where `_kept` keeps what it has by a name."""
+    return run.out / "field" / f"{'-'.join(re.findall(r'[A-Za-z]+', name))}.json"
+
+
 def _kept(run: Run, name: str, make: Callable[[], Values]) -> Values:
     """Return what `make` gives, or what it gave before, unless the run's network has been trained anew since."""
-    path = run.out / "field" / f"{'-'.join(re.findall(r'[A-Za-z]+', name))}.json"
+    path = kept_path(run, name)
     trained = (run.folder("train_cam") / "model.pt").stat().st_mtime_ns
     if path.is_file() and path.stat().st_mtime_ns >= trained:
         return dict(json.loads(path.read_text()))
@@ -225,14 +227,28 @@ def energy_weight(run: Run) -> float:
     return _ENERGY * (_ENERGY_CROP / run.config.seg.augment.crop) ** 4
 
 
-def _segmented(run: Run, name: str, energy: float) -> Values:
-    """Score a segmentation network that learns from RRM's reliable masks, with a weight of its dense energy."""
+class Segmentation(NamedTuple):
+    """The folder of a segmentation's runs, its weight of the dense energy, and the functions that are its code."""
+
+    folder: str
+    energy: Callable[[Run], float]
+    code: tuple[Callable[..., object], ...] = ()
+
+
+SEGMENTATIONS = {
+    "cross-entropy": Segmentation("seg-plain", lambda run: 0.0),
+    "RRM's energy": Segmentation("seg-energy", energy_weight, (energy_of,)),
+}
+
+
+def _segmented(run: Run, row: Segmentation) -> Values:
+    """Score a segmentation network that learns from RRM's reliable masks."""
 
     def score() -> Values:
         labels = run.out / "field" / "reliable"
         write_reliable(run, labels)
-        config = replace(run.config, seg=replace(run.config.seg, energy=energy))
-        trained = derived(run, name, config, {"train_cam": run.folder("train_cam"), "make_labels": labels})
+        config = replace(run.config, seg=replace(run.config.seg, energy=row.energy(run)))
+        trained = derived(run, row.folder, config, {"train_cam": run.folder("train_cam"), "make_labels": labels})
         if not trained.finished("make_labels"):
             trained.finish("make_labels")
         if not trained.finished("train_seg"):
@@ -241,7 +257,7 @@ def _segmented(run: Run, name: str, energy: float) -> Values:
         cost = {"seconds": seconds_a_step(trained, "train_seg"), "megabytes": megabytes(trained, "train_seg")}
         return {**_segmentation_scores(trained), **cost}
 
-    return {**_kept(run, name, score), "lines": 0}
+    return {**_kept(run, row.folder, score), "lines": code_lines(*row.code)}
 
 
 @torch.inference_mode()

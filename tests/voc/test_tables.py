@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,6 +104,10 @@ def test_table_of_the_field(
     assert call(tables.main, "field", *base, "--start", tiny) == printed[printed.index("The paper's modules") :]
     assert {path: path.stat().st_mtime_ns for path in made} == before
     assert (tmp_path / "field.csv").read_text() == text
+    monkeypatch.setattr(sys, "argv", ["field_picture.py", str(tmp_path), "--out", str(tmp_path / "drawn.png")])
+    runpy.run_path(str(VOC.parent.parent / "docs" / "field_picture.py"), run_name="__main__")
+    with Image.open(tmp_path / "drawn.png") as picture:
+        assert picture.size == (176 + 4 * 118, (2 + len(rows) + 1 + 7 + 2) * 118)
 
 
 def check_table_of_the_field(printed: str, rows: Sequence[str]) -> None:
