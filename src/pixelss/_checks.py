@@ -137,7 +137,7 @@ def check_maps(
     return shapes[0]
 
 
-def check_sequence(name: str, value: Sequence[object], of: str) -> None:
+def check_sequence(name: str, value: object, of: str) -> None:
     """Raise unless `value` is a sequence with an entry or more; `of` says of what, as in "ints, one a tap"."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         fix = f" Of one alone pass [{name}]." if isinstance(value, Tensor) else ""
