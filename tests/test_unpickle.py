@@ -103,13 +103,16 @@ def test_a_file_changes_nothing_of_ours(tmp_path):
     assert torch._utils._rebuild_tensor_v2.__defaults__ == before
 
 
+CORE = np._core if hasattr(np, "_core") else np.core  # its name before numpy 2
+
+
 def forged(code: str, elements: object = None, order: str = "<", names: object = None) -> Call:
     """Return a dtype with a state that is not its own: numpy takes what it says of objects and sizes for true."""
     return Call(np.dtype, code, False, True, state=(3, order, None, names, elements, -1, -1, 0))
 
 
 def array(dtype: object, content: object, shape: tuple[int, ...] = (2,)) -> Call:
-    return Call(np._core.multiarray._reconstruct, np.ndarray, (0,), b"b", state=(1, shape, dtype, False, content))
+    return Call(CORE.multiarray._reconstruct, np.ndarray, (0,), b"b", state=(1, shape, dtype, False, content))
 
 
 RAW = b"\x10" * 16  # two pointers to nowhere, if they were any
@@ -120,8 +123,8 @@ OBJECTS = Call(np.dtype, "O8", False, True)
     "content",
     [
         array(forged("O8"), RAW),
-        Call(np._core.numeric._frombuffer, RAW, forged("O8"), (2,), "C"),
-        Call(np._core.multiarray.scalar, forged("O8"), RAW[:8]),
+        Call(CORE.numeric._frombuffer, RAW, forged("O8"), (2,), "C"),
+        Call(CORE.multiarray.scalar, forged("O8"), RAW[:8]),
         array(OBJECTS, [1.0], shape=(5000,)),
         array(OBJECTS, [1.0], shape=(-1, -1)),
         array(forged("V8", {"a": (OBJECTS, 0)}, "|", ("a",)), RAW[:8], shape=(1,)),
