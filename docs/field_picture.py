@@ -37,6 +37,8 @@ import pixelss  # noqa: E402
 from pixelss import viz  # noqa: E402
 from pixelss.viz.pixels import Pixels  # noqa: E402
 
+PALETTE = viz.voc_palette()
+PALETTE[1:5] = (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0)  # VOC's own would be lost on these images
 IMAGES, CELL, GAP, NAMES, TEXT = 4, 112, 6, 176, 24  # a phone shows it at .6 of its size
 Shown = Callable[[str], Pixels]  # an image's name -> what a row makes of it
 
@@ -59,7 +61,7 @@ def drawn(folder: Path) -> dict[str, Shown]:
     def painted(masks: Callable[[str], Any]) -> Shown:
         def paint(stem: str) -> Pixels:
             mask = np.asarray(masks(stem))
-            return viz.overlay_mask(base.data.image(stem), np.where(mask == 255, 0, mask))
+            return viz.overlay_mask(base.data.image(stem), np.where(mask == 255, 0, mask), alpha=0.7, palette=PALETTE)
 
         return paint
 

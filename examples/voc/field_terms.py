@@ -139,7 +139,8 @@ def subcategory(config: Config, num_classes: int, images: int) -> Term:
         known.get_buffer("tags").copy_(found)
 
     def mean(views: Views) -> Mean:
-        logits = views.head.subclassify(views.student[1.0].features.float().mean((2, 3)))
+        logits = views.head.subclassify(views.student[1.0].features.mean((2, 3)))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         tags = known.get_buffer("tags")[views.places.to(logits.device)]
         return binary_cross_entropy_with_logits(logits, tags), views.images_seen
 

@@ -14,7 +14,7 @@ from batches import Batch, Samples
 from crf_labels import write_crf_labels
 from data import VOID
 from networks import AFFINITIES, build_affinity, load_trained
-from parallel import shared_mean
+from parallel import shared_mean, world_size
 from stages import IMAGES, TAGS, Run, Stage
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -82,8 +82,9 @@ def zone_by_zone(boundary: Tensor, maps: Tensor, num_classes: int, stride: int) 
     parts = {}
     for name, kinds in {"background": (0,), "foreground": (1,), "boundary": (2, 3)}.items():
         chosen = torch.isin(zones, torch.tensor(kinds, device=zones.device))
-        value = pixelss.boundary_loss(probability, zones.where(chosen, VOID))
-        parts[name] = shared_mean(value, chosen.sum() + 1)  # its mean divides by that
+        total = pixelss.boundary_loss(probability, zones.where(chosen, VOID)) * (chosen.sum() + 1)  # undo its mean
+        count = chosen.sum() + 1 / world_size()  # of all processes together one more than there are
+        parts[name] = shared_mean(total / count, count)
     return torch.stack(list(parts.values())).sum(), parts
 
 

@@ -96,22 +96,30 @@ def test_epochs_and_iterations():
     assert gate_step(Gate(epochs=6, iterations=0), Schedule(batch=16), 10582) == 0
 
 
-def train_in_float64(rank: int, root: str, out: str, field: bool, stages: list[str]) -> None:
+FIELD = ["train_cam", "train_affinity"]  # of other systems
+
+
+def train_in_float64(rank: int, root: str, out: str, start: str, kind: str, stages: list[str]) -> None:
     torch.set_default_dtype(torch.float64)
     config = tiny_config()
-    if field:
+    if "train_seg" not in stages:
         seam = {"er": 1.0, "ecr": 1.0, "minpool": 1.0, "view_scales": (1.0, 0.5)}
-        config.cam, config.affinity.kind = replace(config.cam, **seam), "path"
+        subcategory = {"subcategory": 5.0, "subclusters": 2, "start_from": Path(start)}
+        config.cam, config.affinity.kind = replace(config.cam, **seam, **subcategory), kind
     run = open_run(Path(root), Path(out), config)
     for stage in stages:
         TRAININGS[stage](run)
 
 
-@pytest.mark.parametrize(("field", "stages"), [(False, list(TRAININGS)), (True, ["train_cam", "train_affinity"])])
-def test_two_processes_with_uneven_shares_equal_one(root, tmp_path, field, stages):
+@pytest.mark.parametrize(
+    ("kind", "stages"), [("features", list(TRAININGS)), ("path", FIELD), ("zones", FIELD)], ids=["own", "path", "zones"]
+)
+def test_two_processes_with_uneven_shares_equal_one(root, whole, tmp_path, kind, stages):
     runs = [with_labels(open_run(root, tmp_path / name)) for name in ("one", "two")]
     for run, processes in zip(runs, (1, 2), strict=True):
-        run_processes(train_in_float64, processes, str(root), str(run.out), field, stages)
+        run_processes(
+            train_in_float64, processes, str(root), str(run.out), str(whole.folder("train_cam")), kind, stages
+        )
     one, two = runs
     for stage in stages:
         for a, b in zip(metrics(one, stage), metrics(two, stage), strict=True):
