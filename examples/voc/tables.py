@@ -12,7 +12,7 @@ schedule, classification scales and number of iterations are the config's. With
 --start FILE every row of a seed continues from one network that is trained with
 that config on top and without the modules. Writes OUT/NAME.md, .csv and .png,
 and the CAMs' mIoU over thresholds as OUT/NAME-curves.png. The table field has
-two more groups of rows (field.py).
+three more groups of rows (field.py).
 """
 
 from __future__ import annotations

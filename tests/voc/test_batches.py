@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batches import Samples, colour_jitter, draw_window
+from batches import Batch, Samples, colour_jitter, draw_window
 from config import Augment, Config, Data
 from data import BadFileError, VOCFolder
 from networks import IMAGENET
@@ -44,9 +44,16 @@ def test_an_epoch_shows_every_image_once(root):
     stems = data.stems("train")
     samples = Samples(data, stems, tiny_config(), Augment(crop=8))
     seen: list[str] = []
-    samples.sample = lambda stem, rng: seen.append(stem)  # type: ignore[method-assign, assignment, return-value]
+    whole = samples.sample
+
+    def sample(stem: str, rng: np.random.Generator) -> Batch:
+        seen.append(stem)
+        return whole(stem, rng)
+
+    samples.sample = sample  # type: ignore[method-assign]
     for position in range(3 * len(stems)):
-        samples[position]
+        batch, _ = samples[position]  # type: ignore[misc]
+        assert batch.places.tolist() == [stems.index(seen[-1])]
     epochs = [seen[i * len(stems) : (i + 1) * len(stems)] for i in range(3)]
     assert all(sorted(epoch) == sorted(stems) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -78,10 +85,11 @@ def test_image_and_map_are_cut_alike(mode, low, high, size):
     mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
     flips = 0
     for position in range(20):
-        images, _, maps = samples[position][0]  # type: ignore[index]
+        images, _, maps, places = samples[position][0]  # type: ignore[index]
         colours, labels = (images[0] * std + mean) * 255, maps[0, 0]
         inside = labels != 255
         assert torch.equal(images[0].abs().sum(0) > 0, inside)
+        assert places.tolist() == [0]
         x, y = colours[0] / 2, colours[1] / 2  # bilinear: exact but for rounding, and at the image's edge
         sure = inside & ((x % 8 - 3.5).abs() < 2.7) & ((y % 8 - 3.5).abs() < 2.7)
         assert sure.sum() > 0.2 * inside.sum()
