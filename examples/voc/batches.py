@@ -17,14 +17,12 @@ import numpy as np
 import torch
 from config import Augment, Config
 from data import VOID, BadFileError, DataFolder
-from networks import to_tensor
+from networks import normalisation
 from numpy.typing import NDArray
 from parallel import share, world_size
-from PIL import Image, ImageEnhance
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-
-Resampling = Image.Resampling
 
 
 class Batch(NamedTuple):
@@ -84,30 +82,50 @@ def _draw_area(
     return x, y, x + w, y + h
 
 
-def cut(pixels: NDArray[np.uint8], window: Window, resample: Resampling) -> NDArray[np.uint8]:
-    """Return the window of an image or mask, resized and flipped."""
-    part = np.asarray(Image.fromarray(pixels).resize(window.size, resample, window.box))
-    return part[:, ::-1] if window.flip else part
+def colour_jitter(levels: Tensor, rng: np.random.Generator, augment: Augment) -> None:
+    """Change brightness, contrast, saturation and hue of levels (3, h, w) in 0..255, in random order and in place.
 
-
-def colour_jitter(image: NDArray[np.uint8], rng: np.random.Generator, augment: Augment) -> NDArray[np.uint8]:
-    """Change brightness, contrast, saturation and hue, in random order."""
+    As Pillow's enhancers and its HSV, but for their rounding.
+    """
     *amounts, hue = augment.jitter
-    factors = [rng.uniform(max(0.0, 1 - amount), 1 + amount) for amount in amounts]
-    shift = round(256 * rng.uniform(-hue, hue))
+    brightness, contrast, saturation = (rng.uniform(max(0.0, 1 - amount), 1 + amount) for amount in amounts)
+    shift = rng.uniform(-hue, hue)
     order = rng.permutation(4)
     if rng.random() >= augment.jitter_probability:
-        return image
-    picture = Image.fromarray(image)
+        return
     for i in order:
-        if i < 3:
-            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i]
-            picture = enhance(picture).enhance(factors[i])
+        if i == 0:
+            levels.mul_(brightness).clamp_(0, 255)
+        elif i == 1:
+            mean = float(_grey(levels).numpy().mean())  # torch's sum depends on the number of threads
+            torch.add(torch.tensor((1 - contrast) * mean), levels, alpha=contrast, out=levels).clamp_(0, 255)
+        elif i == 2:
+            torch.lerp(_grey(levels), levels, saturation, out=levels).clamp_(0, 255)
         else:
-            bands = list(picture.convert("HSV").split())
-            bands[0] = bands[0].point([(value + shift) % 256 for value in range(256)])
-            picture = Image.merge("HSV", bands).convert("RGB")
-    return np.asarray(picture)
+            _turn_hue(levels, shift)
+
+
+def _grey(levels: Tensor) -> Tensor:
+    return levels[:1].mul(0.299).add_(levels[1:2], alpha=0.587).add_(levels[2:], alpha=0.114)
+
+
+def _turn_hue(levels: Tensor, shift: float) -> None:
+    """Turn the hue of HSV by a share of the circle, a half at most, in place.
+
+    Masks are numbers that are blended, where a choice by booleans takes twice as long.
+    """
+    R, G, B = levels
+    top, low = levels.amax(0), levels.amin(0)
+    chroma = top - low
+    divisor = chroma.clamp(min=1e-6)
+    hue = (R - G).div_(divisor).add_(4)  # in sixths of the circle, -1 to 5; here blue is the largest
+    hue.lerp_((B - R).div_(divisor).add_(2), torch.eq(G, top, out=torch.empty_like(G)))
+    hue.lerp_((G - B).div_(divisor), torch.eq(R, top, out=torch.empty_like(R)))
+    # A channel is lowest within a sixth of the hue opposite to its own, highest beyond two. Red's opposites lie at 3,
+    # 9, -3 and -9: folded at 0 and at 6, the distance to the nearest is left.
+    torch.sub(hue.add_(6 * shift), torch.tensor([0.0, 2.0, 4.0])[:, None, None], out=levels)
+    above = levels.abs_().sub_(6).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
+    torch.addcmul(low, above, chroma, out=levels)
 
 
 class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
@@ -130,6 +148,8 @@ class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
         map_folders: Sequence[Path | None] = (),
     ) -> None:
         self.data, self.stems, self.config, self.augment, self.map_folders = data, stems, config, augment, map_folders
+        mean, std = (torch.tensor(values)[:, None, None] for values in normalisation(config))
+        self.factor, self.offset = 1 / (255 * std), -mean / std
 
     def __len__(self) -> int:
         return len(self.stems)
@@ -155,17 +175,21 @@ class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
         return BadFileError(f"no image of the training list can be used; {skipped[-1]}")
 
     def sample(self, stem: str, rng: np.random.Generator) -> Batch:
-        image, tags = self.data.image(stem), self.data.tags(stem)
-        maps = [self.data.mask(stem, folder=folder) for folder in self.map_folders]
-        window = draw_window(rng, (image.shape[1], image.shape[0]), self.augment)
-        pixels = colour_jitter(cut(image, window, Resampling.BILINEAR), rng, self.augment)
+        with self.data.opened(stem) as picture:
+            window = draw_window(rng, (picture.size[1], picture.size[0]), self.augment)
+            pixels = torch.from_numpy(picture.part(window.box, window.size)).permute(2, 0, 1)
+        tags = self.data.tags(stem)
+        levels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        levels = levels.flip(-1) if window.flip else levels
+        colour_jitter(levels, rng, self.augment)
         (left, top), (w, h), crop = window.corner, window.size, self.augment.crop
         images = torch.zeros(1, 3, crop, crop)
-        images[0, :, top : top + h, left : left + w] = to_tensor(pixels, self.config)
-        canvas = torch.full((1, len(maps), crop, crop), VOID, dtype=torch.uint8)
-        for i, mask in enumerate(maps):
-            part = torch.from_numpy(cut(mask, window, Resampling.NEAREST).copy())
-            canvas[0, i, top : top + h, left : left + w] = part
+        torch.mul(levels, self.factor, out=images[0, :, top : top + h, left : left + w]).add_(self.offset)
+        canvas = torch.full((1, len(self.map_folders), crop, crop), VOID, dtype=torch.uint8)
+        for i, folder in enumerate(self.map_folders):
+            mask = Image.fromarray(self.data.mask(stem, folder=folder))
+            part = torch.from_numpy(np.array(mask.resize(window.size, Image.Resampling.NEAREST, window.box)))
+            canvas[0, i, top : top + h, left : left + w] = part.flip(-1) if window.flip else part
         return Batch(images, tags[None], canvas)
 
     def batches(self, batch: int, start: int, stop: int, *, pin: bool) -> Iterator[Batch]:

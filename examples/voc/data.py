@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from config import Data
 from numpy.typing import NDArray
 from pixels import VOID as VOID
-from pixels import first_file, read_image, read_mask, read_size
+from pixels import Picture, first_file, opened_image, read_image, read_mask, read_size
 from tagged import TaggedFolder
 from texts import AUGMENTED, check_classes, multi_hot, read_classes, read_list, read_names
 from texts import BadFileError as BadFileError
@@ -74,6 +75,10 @@ class VOCFolder:
     def image(self, stem: str) -> NDArray[np.uint8]:
         """Return an image (H, W, 3), uint8 RGB."""
         return read_image(self.image_path(stem))
+
+    def opened(self, stem: str) -> AbstractContextManager[Picture]:
+        """Open an image, to read a part of it."""
+        return opened_image(self.image_path(stem))
 
     def size(self, stem: str) -> tuple[int, int]:
         """Return an image's (height, width) from its header alone."""

@@ -16,23 +16,62 @@ _MOST_PIXELS = 178_956_970  # what Pillow refuses; here each file is named, and 
 Image.MAX_IMAGE_PIXELS = None
 
 
-def read_image(path: Path, longest: int | None = None) -> NDArray[np.uint8]:
-    """Return an image (H, W, 3), uint8 RGB, upright; with `longest`, no side is longer."""
-    with _opened(path) as image:
-        H, W = _size(image, longest)
-        if longest:  # a JPEG file can be read at a half, a quarter or an eighth of its size
+class Picture:
+    """An image in an open file, as it is shown; what a JPEG file is not asked for it need not decode.
+
+    Attributes:
+        size: the (height, width) that `read_image` gives.
+    """
+
+    def __init__(self, path: Path, image: Image.Image, longest: int | None) -> None:
+        self.size = _size(image, longest)
+        self._path, self._image, self._longest = path, image, longest
+
+    def part(self, box: tuple[float, float, float, float], size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Return a box of the image at another (width, height), uint8 RGB; once.
+
+        Where that shrinks the image to a half or less, a JPEG is decoded at a half, a quarter or an eighth of its size.
+        """
+        (H, W), (left, top, right, bottom) = self.size, box
+        levels = self.read((int(size[1] * H / (bottom - top)), int(size[0] * W / (right - left))))
+        x, y = levels.width / W, levels.height / H
+        inside = left * x, top * y, min(right * x, levels.width), min(bottom * y, levels.height)
+        return np.array(levels.resize(size, Image.Resampling.BILINEAR, inside))
+
+    def read(self, least: tuple[int, int] | None = None) -> Image.Image:
+        """Return the image, RGB, at its size or, of a JPEG, at a smaller one of at least that (height, width); once."""
+        image, (H, W) = self._image, self.size
+        if least:
+            h, w = (max(1, min(sides)) for sides in zip(least, self.size, strict=True))
+            image.draft(None, (h, w) if _lies(image) else (w, h))
+        elif self._longest:
             image.draft(None, (max(H, W), max(H, W)))
         _turn_upright(image)
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
             levels = Image.fromarray((np.array(image).astype(np.uint32) * 255 // 65535).astype(np.uint8))
         elif image.mode in ("I", "F"):
-            raise BadFileError(f"{path} has mode {image.mode}, of no known range: save it with 8 bits a channel.")
+            raise BadFileError(f"{self._path} has mode {image.mode}, of no known range: save it with 8 bits a channel.")
         else:
             levels = image
         if levels.has_transparency_data:
             levels = Image.alpha_composite(Image.new("RGBA", levels.size, "white"), levels.convert("RGBA"))
-        levels = levels.convert("RGB")
-        return np.array(levels if levels.size == (W, H) else levels.resize((W, H), Image.Resampling.BILINEAR))
+        if levels.mode != "RGB":
+            levels = levels.convert("RGB")
+        larger = levels.width > W or levels.height > H or (least is None and levels.size != (W, H))
+        return levels.resize((W, H), Image.Resampling.BILINEAR) if larger else levels
+
+
+@contextmanager
+def opened_image(path: Path, longest: int | None = None) -> Iterator[Picture]:
+    """Open an image whose pixels are read inside the context; with `longest`, no side is longer."""
+    with _opened(path) as image:
+        yield Picture(path, image, longest)
+
+
+def read_image(path: Path, longest: int | None = None) -> NDArray[np.uint8]:
+    """Return an image (H, W, 3), uint8 RGB, upright; with `longest`, no side is longer."""
+    with opened_image(path, longest) as picture:
+        return np.array(picture.read())
 
 
 def read_size(path: Path, longest: int | None = None) -> tuple[int, int]:
@@ -69,6 +108,10 @@ def orientation(image: Image.Image) -> int:
     return 1
 
 
+def _lies(image: Image.Image) -> bool:
+    return orientation(image) in (5, 6, 7, 8)
+
+
 def first_file(paths: Sequence[Path], *, hint: str = "") -> Path:
     """Return the first of the paths where a mask is; raises, with the hint, where there is none."""
     for path in paths:
@@ -97,6 +140,6 @@ def _size(image: Image.Image, longest: int | None) -> tuple[int, int]:
         image.load()
         W, H = image.size
     else:
-        W, H = image.size[::-1] if orientation(image) in (5, 6, 7, 8) else image.size
+        W, H = image.size[::-1] if _lies(image) else image.size
     factor = min(1.0, longest / max(H, W)) if longest else 1.0
     return max(1, round(H * factor)), max(1, round(W * factor))

@@ -6,11 +6,12 @@ import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pixels import first_file, read_image, read_mask, read_size, resize_mask
+from pixels import Picture, first_file, opened_image, read_image, read_mask, read_size, resize_mask
 from texts import SUFFIXES, BadFileError, Row, check_classes, multi_hot, read_classes, read_tags, without_suffix
 from torch import Tensor
 
@@ -102,6 +103,9 @@ class TaggedFolder:
 
     def image(self, stem: str) -> NDArray[np.uint8]:
         return read_image(self.image_path(stem), self.longest)
+
+    def opened(self, stem: str) -> AbstractContextManager[Picture]:
+        return opened_image(self.image_path(stem), self.longest)
 
     def size(self, stem: str) -> tuple[int, int]:
         return read_size(self.image_path(stem), self.longest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from batches import Batch, Samples, colour_jitter, draw_window
 from config import Augment, Config, Data
 from data import BadFileError, VOCFolder
 from networks import IMAGENET
-from PIL import Image
+from PIL import Image, ImageEnhance
+from pixels import Picture
 from torch.testing import assert_close
 
 from tests.voc.trainings import damage, tiny_config
@@ -67,8 +70,10 @@ class Coordinates:
     def __init__(self, width: int, height: int) -> None:
         self.y, self.x = np.mgrid[:height, :width]
 
-    def image(self, stem: str) -> np.ndarray:
-        return np.stack([2 * self.x, 2 * self.y, 0 * self.x + 255], -1).astype(np.uint8)
+    @contextmanager
+    def opened(self, stem: str) -> Iterator[Picture]:
+        levels = np.stack([2 * self.x, 2 * self.y, 0 * self.x + 255], -1).astype(np.uint8)
+        yield Picture(Path(stem), Image.fromarray(levels), None)
 
     def tags(self, stem: str) -> torch.Tensor:
         return torch.ones(1)
@@ -121,27 +126,57 @@ def test_windows_keep_scale_and_stay_inside():
         assert size[1] == pytest.approx(size[0] / 2, abs=1)
 
 
+def jittered(image: np.ndarray, seed: int, *amounts: float, probability: float = 1.0) -> np.ndarray:
+    levels = torch.tensor(image).permute(2, 0, 1).float().contiguous()
+    colour_jitter(levels, np.random.default_rng(seed), Augment(jitter=amounts, jitter_probability=probability))  # type: ignore[arg-type]
+    return levels.permute(1, 2, 0).numpy()
+
+
+def jittered_by_pillow(image: np.ndarray, seed: int, *amounts: float) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    factors = [rng.uniform(max(0.0, 1 - amount), 1 + amount) for amount in amounts[:3]]
+    shift = round(256 * rng.uniform(-amounts[3], amounts[3]))
+    picture = Image.fromarray(image)
+    enhancers = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
+    for i in rng.permutation(4):
+        if i < 3:
+            picture = enhancers[i](picture).enhance(factors[i])
+        else:
+            bands = list(picture.convert("HSV").split())
+            bands[0] = bands[0].point([(value + shift) % 256 for value in range(256)])
+            picture = Image.merge("HSV", bands).convert("RGB")
+    return np.asarray(picture).astype(np.float32)
+
+
 def test_colour_jitter_changes_what_it_is_asked_to():
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-
-    def jitter(*amounts: float, probability: float = 1.0) -> np.ndarray:
-        augment = Augment(jitter=amounts, jitter_probability=probability)  # type: ignore[arg-type]
-        return colour_jitter(image, np.random.default_rng(3), augment)
-
-    assert np.array_equal(jitter(0.4, 0.4, 0.4, 0.1, probability=0), image)
-    assert np.array_equal(jitter(0, 0, 0, 0), np.asarray(Image.fromarray(image).convert("HSV").convert("RGB")))
-    bright = jitter(0.5, 0, 0, 0).mean()
-    assert abs(bright - image.mean()) > 1
+    assert np.array_equal(jittered(image, 3, 0.4, 0.4, 0.4, 0.1, probability=0), image)
+    np.testing.assert_allclose(jittered(image, 3, 0, 0, 0, 0), image, atol=1e-3)
+    assert abs(jittered(image, 3, 0.5, 0, 0, 0).mean() - image.mean()) > 1
     grey = np.full((8, 8, 3), 90, np.uint8)
-    augment = Augment(jitter=(0, 0, 0.5, 0.5), jitter_probability=1)
-    assert np.array_equal(colour_jitter(grey, np.random.default_rng(0), augment), grey)
-    values = {
-        colour_jitter(grey, np.random.default_rng(i), Augment(jitter=(0.5, 0, 0, 0), jitter_probability=1)).max()
-        for i in range(50)
-    }
+    np.testing.assert_allclose(jittered(grey, 0, 0, 0, 0.5, 0.5), grey, atol=1e-3)
+    values = {float(jittered(grey, i, 0.5, 0, 0, 0).max()) for i in range(50)}
     assert min(values) >= 45
     assert max(values) <= 135
     assert len(values) > 20
+
+
+@pytest.mark.parametrize(
+    "amounts",
+    [(0.4, 0, 0, 0), (0, 0.4, 0, 0), (0, 0, 0.4, 0), (0, 0, 0, 0.1), (0, 0, 0, 0.5), (0.4, 0.4, 0.4, 0.1)],
+    ids=["brightness", "contrast", "saturation", "hue", "any hue", "all"],
+)
+def test_colour_jitter_is_pillows_but_for_rounding(amounts):
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    image = np.asarray(Image.fromarray(coarse).resize((40, 30), Image.Resampling.BICUBIC))
+    ours, pillows = (
+        np.stack([way(image, seed, *amounts) for seed in range(40)]) for way in (jittered, jittered_by_pillow)
+    )
+    assert abs(pillows - image).mean() > 3
+    assert abs(ours - pillows).mean() < 2
+    for moment in (np.mean, np.std):
+        np.testing.assert_allclose(moment(ours, (1, 2)), moment(pillows, (1, 2)), atol=2)  # of every image
+        np.testing.assert_allclose(moment(ours, 0), moment(pillows, 0), atol=6)  # of every pixel, over all draws
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

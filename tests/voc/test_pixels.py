@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from data import VOCFolder
 from PIL import Image, ImageOps
-from pixels import read_image, read_mask, read_size, resize_mask
+from pixels import opened_image, read_image, read_mask, read_size, resize_mask
 from texts import BadFileError
 
 
@@ -32,6 +32,32 @@ def test_images_and_their_sizes_are_upright(tmp_path, orientation, end):
     small = read_image(path, 32)
     assert read_size(path, 32) == small.shape[:2] == ((20, 32) if orientation < 5 else (32, 20))
     assert abs(small.astype(int) - np.asarray(Image.fromarray(shown).resize(small.shape[1::-1]))).mean() < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("longest", [None, 80])
+@pytest.mark.parametrize("end", ["jpg", "png"])
+def test_a_part_is_that_of_the_whole_image_and_less_is_decoded(tmp_path, orientation, longest, end):
+    path = tmp_path / f"a.{end}"
+    y, x = np.mgrid[:100, :161]
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    Image.fromarray(np.stack([x + 40, 2 * y, 0 * x + 90], -1).astype(np.uint8)).save(path, exif=tag)
+    whole = read_image(path, longest)
+    H, W = whole.shape[:2]
+    for factor, decoded in ((1.3, 1), (0.6, 1), (0.4, 2), (0.2, 4), (0.1, 8)):
+        box = (0.1 * W, 0.2 * H, 0.9 * W, H)
+        size = round(0.8 * W * factor), round(0.8 * H * factor)
+        with opened_image(path, longest) as picture:
+            part = picture.part(box, size)
+        expected = np.asarray(Image.fromarray(whole).resize(size, Image.Resampling.BILINEAR, box))
+        assert part.shape == (size[1], size[0], 3)
+        assert abs(part.astype(int) - expected).mean() < 3
+        with opened_image(path, longest) as picture:
+            levels = picture.read((round(H * factor), round(W * factor)))
+        if end == "png" or longest is None:
+            assert max(levels.size) == (-(-161 // decoded) if end == "jpg" else longest or 161)
+        assert min(factor, 1) * min(H, W) - 1 < min(levels.size) <= min(H, W)
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
