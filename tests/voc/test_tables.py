@@ -60,9 +60,8 @@ def test_table_of_the_field(
     """Its groups; a killed table continues; a row and a refinement are an entry each."""
     base = ("--data", shapes, "--out", tmp_path, "--config", VOC / "demo.yaml", "--config", tiny)
     assert "The table field needs --start" in call(tables.main, "field", *base, ok=False)
-    rows = ["baseline", "OC-CSE", "PPC"]  # the others are tried in test_terms, and all of them in the slow test below
-    assert set(rows) < set(tables.TABLES["field"].rows)
-    monkeypatch.setitem(tables.TABLES, "field", tables.TABLES["field"]._replace(rows=rows))
+    rows = tables.TABLES["field"].rows
+    assert rows[0] == "baseline"
     climb, climbed = pixelss.climb_cam, []
 
     def killed(*args: object, **kwargs: int) -> Tensor:
@@ -166,13 +165,6 @@ def test_table_shows_mean_half_range_and_the_paper_s_figure(tmp_path: Path) -> N
     assert (tmp_path / "table1.csv").read_text().split() == [
         "row,column,seed,value,paper", "MAM,miou,3,50.0,58.0", "MAM,miou,5,54.0,58.0"
     ]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_table_of_the_field_with_every_row(shapes: Path, tiny: Path, tmp_path: Path, call: Call) -> None:
-    base = ("--data", shapes, "--out", tmp_path, "--config", VOC / "demo.yaml", "--config", tiny)
-    printed = call(tables.main, "field", *base, "--start", tiny)
-    check_table_of_the_field(printed, tables.TABLES["field"].rows)
 
 
 @pytest.mark.slow
