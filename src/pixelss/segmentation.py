@@ -26,9 +26,10 @@ def multi_scale_inference(
     """Return the mean of a network's logits over scales and flips, at the images' size, in bounded memory.
 
     `model` never sees more than (B, C, tile, tile), one scale and one flip at a time. A side that is larger when scaled
-    is cut into windows of `tile / scale` pixels of the image, evenly spread, each sharing at least a third with the
-    next. Where windows overlap, their logits are averaged with weights that fall linearly to their edges, where the
-    network saw padding. An image that fits is not cut: its result is exactly that of the whole image.
+    is cut into windows of at most `tile / scale` pixels of the image, each sharing a quarter of that or more with the
+    next: as few as do, evenly spread, and as small as so few may be. Where windows overlap, their logits are averaged
+    with weights that fall linearly to their edges, where the network saw padding. An image that fits is not cut: its
+    result is exactly that of the whole image.
 
     Beyond the result and the network's own needs, memory holds one window: its pixels, its logits as the network gives
     them and resized to B x K x (tile / scale)^2 numbers at most. It does not grow with the image.
@@ -40,7 +41,7 @@ def multi_scale_inference(
         scales: factors of the image size; a side has `max(1, floor(H * scale + 1/2))` pixels.
         flip: whether every scale is also run on the mirrored image.
         tile: largest side that `model` sees. The default leaves images up to 682 pixels whole at scale 1.5 (VOC's have
-            500, COCO's 640). Lower it where memory is short; a third of it should cover the network's reach.
+            500, COCO's 640). Lower it where memory is short; a quarter of it should cover the network's reach.
 
     Shape:
         (B, C, H, W) -> (B, K, H, W), float32 for half precision.
@@ -93,8 +94,12 @@ class _Window(NamedTuple):
 
 def _windows(length: int, scale: float, tile: int, device: torch.device) -> list[_Window]:
     """Cut a side of `length` pixels into windows that `model` can see."""
-    side = length if scaled_side(length, scale) <= tile else max(1, int(tile / scale))
-    steps = -(-(length - side) // (side - side // 3))
+    side, steps = length, 0
+    if scaled_side(length, scale) > tile:
+        largest = max(1, int(tile / scale))
+        shared = largest // 4
+        steps = -(-(length - largest) // (largest - shared))
+        side = -(-(length + steps * shared) // (steps + 1))  # as small as so few may be
     starts = [i * (length - side) // max(steps, 1) for i in range(steps + 1)]
     windows = [slice(start, start + side) for start in starts]
     ramp = torch.arange(1, side + 1, device=device, dtype=torch.float64)
