@@ -301,3 +301,14 @@ def test_a_mask_that_cannot_be_written_names_its_file_and_leaves_the_old_one(tmp
     monkeypatch.undo()
     assert io.read_mask(path).tolist() == [[1]]
     assert [one.name for one in tmp_path.iterdir()] == ["x.png"]
+
+
+@pytest.mark.parametrize("refused", ["open", "mkdir"])
+def test_a_read_only_disk_is_told_naming_the_file(tmp_path, monkeypatch, refused):
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system", "the temporary file")
+
+    for name in (refused, "unlink"):  # there, not even what is absent can be removed
+        monkeypatch.setattr(io.Path, name, read_only)
+    with pytest.raises(OSError, match=r"could not write .*a\.png \(Read-only file system\); nothing was changed"):
+        io.write_mask(tmp_path / "a.png", [[1]])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pixels import VOID as VOID
 from pixels import Picture, first_file, opened_image, read_image, read_mask, read_size
 from tagged import TaggedFolder
-from texts import AUGMENTED, check_classes, multi_hot, read_classes, read_list, read_names
+from texts import AUGMENTED, check_classes, list_path, multi_hot, read_classes, read_list, read_names
 from texts import BadFileError as BadFileError
 from torch import Tensor
 
@@ -61,6 +61,9 @@ class VOCFolder:
     def stems(self, name: str | None) -> list[str]:
         """Return the image names of a list, as `read_list`; none of no list."""
         return [] if name is None else read_list(self.root, name)
+
+    def list_path(self, name: str) -> Path:
+        return list_path(self.root, name)
 
     def image_path(self, stem: str) -> Path:
         return self.root / "JPEGImages" / f"{stem}.jpg"

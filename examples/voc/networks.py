@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ import torch
 from config import Config, Network
 from numpy.typing import NDArray
 from stages import Run
+from storage import load_weights
+from texts import BadFileError
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -226,7 +229,8 @@ def load_trained(run: Run, stage: str) -> nn.Sequential:
         network = build_affinity(plain)
     else:
         network = (build_cam if stage == "train_cam" else build_segmentation)(plain, run.data.num_classes)
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    fix = f"remove it and {stage}/done.json, then run {stage} again"
+    _fill(network, path, load_weights(path, fix), fix)
     return network.eval().to(run.device).to(memory_format=torch.channels_last)  # as the images are
 
 
@@ -238,7 +242,8 @@ def load_start(network: nn.Module, folder: Path) -> None:
     path = folder / "model.pt"
     if not path.is_file():
         raise FileNotFoundError(f"cam.start_from must be a finished train_cam folder, but {path} is missing.")
-    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    fix = "name another folder as cam.start_from"
+    weights = load_weights(path, fix)
     own = network.state_dict()
 
     def optional(name: str) -> bool:
@@ -246,7 +251,15 @@ def load_start(network: nn.Module, folder: Path) -> None:
 
     kept = {name: weight for name, weight in own.items() if optional(name) and name not in weights}
     theirs = {name: weight for name, weight in weights.items() if not optional(name) or name in own}
-    network.load_state_dict(kept | theirs)
+    _fill(network, path, kept | theirs, fix)
+
+
+def _fill(network: nn.Module, path: Path, weights: dict[str, Tensor], fix: str) -> None:
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        why = textwrap.shorten(" ".join(str(error).split("\n")[1:2]), 200)
+        raise BadFileError(f"{path} holds another network than the settings describe: {fix} ({why}).") from error
 
 
 def cam_inference(run: Run) -> Callable[[Tensor], pixelss.CAMOutput]:

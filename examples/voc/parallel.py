@@ -27,7 +27,15 @@ def process_group(device: str) -> Iterator[torch.device]:
     if many:
         cuda = place.type == "cuda"
         distributed.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT, device_id=place if cuda else None)
-    yield place
+    try:
+        yield place
+    except RuntimeError as error:
+        if many and (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+            raise RuntimeError(
+                "Another process ended: its message says why, or the system's log if it was killed. The same command "
+                f"continues where they were. ({error})"
+            ) from error
+        raise
     if many:  # not after an error: it may wait for the other processes, which wait for this one
         distributed.destroy_process_group()
 

@@ -58,9 +58,10 @@ def _missing_files(config: Config, data: DataFolder, name: str, files: Files) ->
         lacking = [stem for stem in stems if not any(path.exists() for path in places(data, stem))]
         if len(lacking) > (0 if config.data.on_bad_file == "stop" else len(stems) - 1):
             first = " or ".join(map(str, places(data, lacking[0])))
+            source = data.list_path(name)
             faults.append(
                 f"{len(lacking)} of {len(stems)} {what} of the list {name} are missing, the first: {first}. "
-                "Correct the list or table, or leave them out by --data.on_bad_file skip."
+                f"Correct {source}, or leave them out by --data.on_bad_file skip."
             )
     return faults
 

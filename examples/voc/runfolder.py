@@ -26,6 +26,7 @@ from parallel import barrier, rank, world_size
 from pipeline import FIRST, STAGES
 from stages import Run
 from storage import remove_unfinished, write_atomic
+from texts import named
 
 import pixelss
 
@@ -58,11 +59,11 @@ def refuse_changes(config: Config, data: DataFolder, root: Path, out: Path) -> t
     settings = json.loads(json.dumps(asdict(config), default=str))  # tuples as lists, paths as strings
     inputs = _inputs(config, data)
     record = out / _INPUTS
-    kept = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    kept = _read(record) if record.is_file() else {}
     if (out / "config.yaml").is_file():
-        before = decisive(yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")))
+        before = decisive(_read(out / "config.yaml"))
         after = decisive(settings) | {"--data": str(root.resolve())}
-        before["--data"] = json.loads((out / "environment.json").read_text(encoding="utf-8"))["data"]
+        before["--data"] = _read(out / "environment.json").get("data")
         both = kept.keys() & inputs.keys()  # what is absent now can have changed nothing
         before |= {name: kept[name] for name in both}
         after |= {name: inputs[name] for name in both}
@@ -76,6 +77,12 @@ def refuse_changes(config: Config, data: DataFolder, root: Path, out: Path) -> t
                 f"{out} was made with other settings; name another --out, or remove {remove}:\n" + "\n".join(lines)
             )
     return settings, kept | inputs
+
+
+def _read(record: Path) -> dict[str, Any]:
+    with named(record, "is damaged: name another --out, or remove the run folder"):
+        parse = yaml.safe_load if record.suffix == ".yaml" else json.loads
+        return dict(parse(record.read_text(encoding="utf-8")))
 
 
 def _inputs(config: Config, data: DataFolder) -> dict[str, str]:
@@ -143,14 +150,15 @@ def log_stage(out: Path, stage: str, seconds: float) -> None:
     """Add a line to stages.jsonl, written as a whole: half a line would break every later start."""
     log = out / "stages.jsonl"
     line = json.dumps({"stage": stage, "seconds": round(seconds, 1), "processes": world_size()}) + "\n"
-    write_atomic(log, (log.read_text(encoding="utf-8") if log.is_file() else "") + line)
+    write_atomic(log, (log.read_bytes() if log.is_file() else b"") + line.encode())
 
 
 def print_results(run: Run, stages: Sequence[str]) -> None:
     """Print every finished stage with the seconds of its last start and its results, in 80 columns."""
     log = run.out / "stages.jsonl"
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
-    seconds = {line["stage"]: line["seconds"] for line in lines}
+    with named(log, "is damaged: remove it, it holds the stages' seconds alone"):
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+        seconds = {line["stage"]: float(line["seconds"]) for line in lines}
     print(f"{'stage':15}{'seconds':>8}  results (scores in %)")
     for stage in filter(run.finished, stages):
         text = ", ".join(f"{name} {value}" for name, value in run.results(stage).items())

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from parallel import barrier, rank
 from stages import Run, Stage
 from storage import append_line, load_checkpoint, remove_unfinished, save_checkpoint, write_atomic
+from texts import named
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -90,10 +91,10 @@ class Log:
             return
         remove_unfinished(folder)
         if self.path.is_file():
-            whole = [
-                line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")
-            ]
-            write_atomic(self.path, "".join(line for line in whole if json.loads(line)["step"] <= done))
+            with named(self.path, "is damaged: remove it, the training does not need it"):
+                lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done]
+            write_atomic(self.path, "".join(kept))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # an extra that only this setting needs
 

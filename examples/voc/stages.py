@@ -13,6 +13,7 @@ from config import Config
 from data import DataFolder
 from parallel import barrier, rank
 from storage import remove_unfinished, write_atomic
+from texts import named
 
 # What an image needs -> the places where that may lie, of a data set and an image's name.
 Files = Mapping[str, Callable[[DataFolder, str], Sequence[Path]]]
@@ -85,7 +86,9 @@ class Run:
 
     def results(self, stage: str) -> dict[str, Any]:
         """Return what a finished stage reported."""
-        return dict(json.loads((self.folder(stage) / "done.json").read_text(encoding="utf-8")))
+        path = self.folder(stage) / "done.json"
+        with named(path, f"is damaged: remove it, then run {stage} again"):
+            return dict(json.loads(path.read_text(encoding="utf-8")))
 
     def finish(self, stage: str, **results: object) -> None:
         """Mark a stage as done, after every process has reached this line."""

@@ -7,6 +7,7 @@ import io
 import os
 import threading
 import warnings
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ _AGAIN = "remove it and infer_cam/done.json, then run infer_cam again"
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write to a temporary file beside `path`, flush it to the disk, then rename: a reader never sees a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
@@ -33,7 +34,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     except OSError as error:
         raise OSError(error.errno, f"could not write {path} ({error.strerror}); nothing was changed there") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk not even what is absent can be removed
+            temporary.unlink()
     with suppress(OSError):  # Windows opens no folder, and some file systems sync none: the rename is done anyway
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -44,8 +46,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Add a line to a log; a reader may see a part of the last one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     except OSError as error:
@@ -78,6 +80,15 @@ def load_checkpoint(folder: Path, *, map_location: str | torch.device = "cpu") -
             return dict(torch.load(io.BytesIO(content), map_location=map_location, weights_only=True))
         warnings.warn(f"{path} is damaged (its content does not fit its name): trying the one before it", stacklevel=2)
     return None
+
+
+def load_weights(path: Path, fix: str) -> dict[str, Tensor]:
+    """Return the weights of a model.pt; raises, with what mends it, where a byte of it is not as it was written."""
+    with named(path, f"is damaged: {fix}"):
+        with zipfile.ZipFile(path) as parts:
+            if part := parts.testzip():  # torch does not look at the checksums
+                raise ValueError(f"{part} in it does not fit its checksum")
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -44,6 +44,8 @@ def tag_lines(data: DataFolder, name: str, stems: Sequence[str], *, skips: bool 
     tags = _readable(stems, data.tags, skips=skips)
     counts = torch.stack(list(tags.values())).sum(0).int().tolist() if tags else [0] * data.num_classes
     if not any(counts):
+        for stem in stems:
+            data.tags(stem)  # raises where the tags cannot be read, which is then the reason
         raise BadFileError(f"{len(stems)} images of the list {name} have no tag at all: {data.tags_path(stems[0])}.")
     pairs = [f"{kind} {count}" for kind, count in zip(data.classes, counts, strict=True)]
     span = f"{min(counts)} to {max(counts)} images each"

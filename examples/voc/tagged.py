@@ -91,6 +91,9 @@ class TaggedFolder:
             return found
         raise BadFileError(f"--masks must hold STEM.png of some image, but {self.masks} holds none: {self._first()}.")
 
+    def list_path(self, name: str) -> Path:
+        return self._table
+
     def image_path(self, stem: str) -> Path:
         return self._paths[stem]
 

@@ -82,12 +82,16 @@ def check_classes(names: Sequence[str], source: str) -> list[str]:
     return classes
 
 
+def list_path(root: Path, name: str) -> Path:
+    return root / "ImageSets" / "Segmentation" / f"{name}.txt"
+
+
 def read_list(root: Path, name: str) -> list[str]:
     """Return the image names of ImageSets/Segmentation/NAME.txt in a folder in the VOC layout.
 
     A line is a name or a path of an image, which may hold blanks, dots and folders, alone or with a second column.
     """
-    path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
+    path = list_path(root, name)
     if not path.is_file():
         raise FileNotFoundError(f"The image list {path} is missing." + (f" {AUGMENTED}" if "aug" in name else ""))
     stems = [_stem(line, root / "JPEGImages") for line in _lines(path)]

@@ -6,6 +6,7 @@ import io
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +197,9 @@ def write_mask(path: str | os.PathLike[str], mask: ArrayLike | Tensor, *, palett
 
 
 def _write_atomic(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
@@ -207,7 +208,8 @@ def _write_atomic(path: Path, content: bytes) -> None:
     except OSError as error:
         raise OSError(error.errno, f"could not write {path} ({error.strerror}); nothing was changed there") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk not even what is absent can be removed
+            temporary.unlink()
 
 
 def _label_map(mask: ArrayLike | Tensor) -> NDArray[np.int64]:

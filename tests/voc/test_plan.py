@@ -53,6 +53,7 @@ def test_dry_run_names_everything_missing(tmp_path: Path, shapes: Path, call: Ca
     message = call(main, *base, ok=False)
     (tmp_path / "kept.xml").rename(shapes / "Annotations" / "train_0002.xml")
     assert "1 of 6 annotations of the list train are missing" in message
+    assert f"Correct {shapes / 'ImageSets/Segmentation/train.txt'}, or" in message
     assert "train_0002.xml" in message
 
 

@@ -15,7 +15,8 @@ import tables
 import torch
 import yaml
 from config import Config
-from data import VOCFolder
+from data import BadFileError, VOCFolder
+from networks import build_cam, load_start, load_trained
 from PIL import Image
 from pipeline import STAGES
 from run import execute, load_config, main
@@ -176,6 +177,29 @@ def test_weight_files_that_change_are_refused_but_may_go(shapes: Path, tmp_path:
     weights.write_bytes(b"second")
     with pytest.raises(UserError, match=r"  network\.weights\.content: digest "):
         open_run(config(**changes), shapes, tmp_path / "out", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "inputs.json", "environment.json", "train_cam/done.json", "stages.jsonl"]
+)
+@pytest.mark.parametrize("content", [b"\xff", b"[1", b"3"])
+def test_records_that_are_damaged_are_named(
+    finished: tuple[Path, str], shapes: Path, tiny: Path, tmp_path: Path, call: Call, name: str, content: bytes
+) -> None:
+    out = Path(shutil.copytree(finished[0], tmp_path / "out"))
+    (out / name).write_bytes(content)
+    message = call(main, "--data", shapes, "--out", out, "--config", VOC / "demo.yaml", "--config", tiny, ok=False)
+    assert f"{out / name} is damaged: " in message
+
+
+def test_networks_of_other_settings_are_named(shapes: Path, tmp_path: Path) -> None:
+    made = new_run(shapes, tmp_path)
+    path = made.folder("train_cam") / "model.pt"
+    torch.save({"0.weight": torch.zeros(1)}, path)
+    with pytest.raises(BadFileError, match=rf"{path} holds another network .* run train_cam again \(Missing key"):
+        load_trained(made, "train_cam")
+    with pytest.raises(BadFileError, match=rf"{path} holds another network .* cam\.start_from"):
+        load_start(build_cam(made.config, 4), made.folder("train_cam"))
 
 
 def test_own_photographs_without_masks_go_through_all_stages(

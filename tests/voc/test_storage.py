@@ -80,3 +80,28 @@ def test_a_cam_file_may_be_larger_than_pillow_lets_an_image_be(tmp_path):
     tags = torch.ones(254)
     storage.save_cam(tmp_path / "cam.png", torch.zeros(254, 600, 1200), tags)  # 183 megapixels
     assert storage.load_cam(tmp_path / "cam.png", 254).shape == (254, 600, 1200)
+
+
+def read_only(*_, **__):
+    raise OSError(errno.EROFS, "Read-only file system", "the temporary file")
+
+
+@pytest.mark.parametrize("refused", ["open", "mkdir"])
+def test_a_read_only_disk_is_told_naming_the_file(tmp_path, monkeypatch, refused):
+    for name in (refused, "unlink"):  # there, not even what is absent can be removed
+        monkeypatch.setattr(storage.Path, name, read_only)
+    for write in (storage.write_atomic, storage.append_line):
+        with pytest.raises(OSError, match=r"could not write .*model\.pt \(Read-only file system\)"):
+            write(tmp_path / "model.pt", "")
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "other"])
+def test_a_damaged_network_is_named(tmp_path, damage):
+    path = tmp_path / "model.pt"
+    torch.save({"weight": torch.rand(400)}, path)
+    assert storage.load_weights(path, "train again")["weight"].shape == (400,)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"data/0") + 500] ^= 1  # among the numbers, where torch sees no fault
+    path.write_bytes({"cut": content[:-9], "bit": content, "other": b"<html>"}[damage])
+    with pytest.raises(ValueError, match=r"model\.pt is damaged: train again \("):
+        storage.load_weights(path, "train again")

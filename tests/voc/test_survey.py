@@ -76,3 +76,9 @@ def test_masks_of_classes_in_another_order(tmp_path):
 def test_masks_that_are_right_are_not_spoken_of(tmp_path):
     data = write_set(tmp_path, "cat dog", ["cat", "dog"], [[0, 1], [2, 255]])
     assert mask_lines(data, "train", data.stems("train")) == []
+
+
+def test_where_no_tags_can_be_read_the_reason_is_told(tmp_path):
+    data = write_set(tmp_path, "cat", ["cats", "cats"])
+    with pytest.raises(BadFileError, match=r"i0\.xml names \['cats'\], but the classes are .*: correct .*classes\.txt"):
+        tag_lines(data, "train", data.stems("train"), skips=True)

@@ -1,0 +1,108 @@
+"""One of two processes is killed: the other ends soon, with a message, and the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.voc.runs import VOC, unfinished
+
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
+LONG = ("--cam.schedule.iterations", 100_000)
+
+
+def free_port() -> int:
+    with socket.socket() as waiting:
+        waiting.bind(("127.0.0.1", 0))
+        return int(waiting.getsockname()[1])
+
+
+def alone(words: list[str]) -> list[subprocess.Popen[str]]:
+    """Start two processes that nobody watches over, as some schedulers do."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *words],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+
+
+def under_torchrun(words: list[str]) -> subprocess.Popen[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    return subprocess.Popen([*start, *words], stderr=subprocess.PIPE, text=True)
+
+
+def process_of(rank: int, parent: int) -> int:
+    """Return the id of torchrun's process of this rank."""
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"torchrun {parent} has no process of rank {rank}")
+
+
+def wait_for(folder: Path, pattern: str, processes: list[subprocess.Popen[str]]) -> None:
+    deadline = time.monotonic() + 300
+    while not any(folder.glob(pattern)):
+        assert time.monotonic() < deadline, f"{folder / pattern} did not come"
+        assert all(process.poll() is None for process in processes), [p.communicate()[1] for p in processes]
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def words(tmp_path: Path, tiny: Path) -> list[str]:
+    files = ("--config", VOC / "demo.yaml", "--config", tiny)
+    return list(map(str, (VOC / "run.py", "--data", "demo", "--out", tmp_path / "out", *files)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "settings"),
+    [("train_cam/metrics.jsonl", LONG), ("infer_cam/*.png", ()), ("make_labels/*.png", ())],
+)
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_whose_other_one_is_killed_says_so(
+    tmp_path: Path, words: list[str], pattern: str, settings: tuple[object, ...], killed: int
+) -> None:
+    processes = alone([*words, *map(str, settings)])
+    try:
+        wait_for(tmp_path / "out", pattern, processes)
+        processes[killed].send_signal(signal.SIGKILL)
+        _, message = processes[1 - killed].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert processes[1 - killed].returncode == 1
+    assert "Traceback" not in message
+    assert "Another process ended" in message, message[-2000:]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("killed", [0, 1])
+def test_torchrun_ends_the_other_process_and_the_same_command_goes_on(
+    tmp_path: Path, words: list[str], killed: int
+) -> None:
+    torchrun = under_torchrun(words)
+    try:
+        wait_for(tmp_path / "out", "infer_cam/*.png", [torchrun])
+        os.kill(process_of(killed, torchrun.pid), signal.SIGKILL)
+        _, message = torchrun.communicate(timeout=60)
+    finally:
+        torchrun.kill()
+        torchrun.communicate()
+    assert torchrun.returncode == 1
+    assert "SIGKILL" in message
+    again = under_torchrun([*words, "--stages", "train_cam,infer_cam"])
+    _, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    assert not unfinished(tmp_path / "out")
