@@ -1,25 +1,43 @@
-"""Runs in processes that are forks of this one: what it has imported need not be imported again, which takes seconds.
+"""Runs in forks of this process: what it has imported and the settings that it has read are there, which takes seconds.
 
 For scripts, not for a process that has trained: torch's backward pass has threads, which a fork lacks.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import tests.voc  # noqa: F401  # the path of the examples
 
-from run import guarded, main  # isort: skip
+import run  # isort: skip
+from config import Config  # isort: skip
+
+
+_known: dict[str, Config] = {}
+_load_config = run.load_config
+
+
+def load_once(files: Sequence[Path], settings: Sequence[str] = ()) -> Config:
+    """Return settings as `run.load_config`, which takes longer than small stages, from its first call with them."""
+    key = f"{files} {settings}"
+    if key not in _known:
+        _known[key] = _load_config(files, settings)
+    return copy.deepcopy(_known[key])
 
 
 def start(words: tuple[object, ...], said: Path) -> int:
     """Return the id of a process that does what `run.py` does with these words; it says so in the file `said`."""
+    arguments = list(map(str, words))
+    run.load_config = load_once
+    run.parse_args(arguments)  # which the forks know then
     said.unlink(missing_ok=True)  # workers of the last process, which end after it, may still write to the old file
     child = os.fork()
     if child:
@@ -30,8 +48,8 @@ def start(words: tuple[object, ...], said: Path) -> int:
         os.dup2(file, 1)
         os.dup2(file, 2)
         torch.set_num_threads(1)  # the order of a sum of floats depends on it
-        sys.argv = ["run.py", *map(str, words)]
-        guarded(main)
+        sys.argv = ["run.py", *arguments]
+        run.guarded(run.main)
         sys.stdout.flush()
         code = 0
     except SystemExit as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import io
 import json
 import random
@@ -17,7 +16,6 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -27,10 +25,10 @@ import torch
 from PIL import Image
 
 from tests.mutations import Trials, mutated, tried
+from tests.voc.forks import load_once
 from tests.voc.runs import TINY, VOC, unfinished
 
 # After the path of the examples, which tests.voc sets.
-from config import Config  # isort: skip
 import run  # isort: skip
 from shapes import write_shapes  # isort: skip
 
@@ -121,19 +119,6 @@ def odd_images(folder: Path) -> list[bytes]:
     return contents
 
 
-def remembered(load_config: Callable[..., Config]) -> Callable[..., Config]:
-    """Return a function that reads the same settings once: that takes longer than all stages together."""
-    known: dict[str, Config] = {}
-
-    def load(files: Sequence[Path], settings: Sequence[str] = ()) -> Config:
-        key = f"{files} {settings}"
-        if key not in known:
-            known[key] = load_config(files, settings)
-        return copy.deepcopy(known[key])
-
-    return load
-
-
 class Fuzz:
     """Trials over one small data set and one finished run; number i is the same whatever came before it.
 
@@ -144,7 +129,7 @@ class Fuzz:
 
     def __init__(self, folder: Path, seed: int) -> None:
         torch.set_num_threads(1)
-        run.load_config = remembered(run.load_config)
+        run.load_config = load_once
         self.seed, self.out = seed, folder / "out"
         self.root = write_shapes(folder / "set", train=4, val=2, size=32)
         self.photographs, self.table = folder / "photographs", folder / "photographs" / "tags.csv"

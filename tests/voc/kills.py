@@ -4,8 +4,8 @@
     python tests/voc/kills.py --kills 50 --seed 0 --own  # photographs with a table of tags, whose labels are exported
 
 A run goes through all stages with few iterations and is killed (SIGKILL) about fifteen times, at moments that an
-exponential distribution draws; then the next run begins. The processes are forks of one that has imported everything,
-so that no kill is spent on imports, of which nothing is left on the disk.
+exponential distribution draws; then the next run begins. The processes are forks of one that has imported everything
+and read the settings, so that no kill is spent on that, of which nothing is left on the disk.
 """
 
 from __future__ import annotations

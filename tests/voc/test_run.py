@@ -180,9 +180,15 @@ def test_weight_files_that_change_are_refused_but_may_go(shapes: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.yaml", "inputs.json", "environment.json", "train_cam/done.json", "stages.jsonl"]
+    ("name", "content"),
+    [
+        ("config.yaml", b"[1"),
+        ("inputs.json", b"3"),
+        ("environment.json", b"{"),
+        ("train_cam/done.json", b""),
+        ("stages.jsonl", b"\xff"),
+    ],
 )
-@pytest.mark.parametrize("content", [b"\xff", b"[1", b"3"])
 def test_records_that_are_damaged_are_named(
     finished: tuple[Path, str], shapes: Path, tiny: Path, tmp_path: Path, call: Call, name: str, content: bytes
 ) -> None:
