@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 TAGS_HINT = "Tags are multi-hot over the CAMs' foreground classes, without a background column."
-_FLOAT32 = torch.finfo(torch.float32)
+_EPS, _MAX = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).max  # numbers: torch 2.4 traces no finfo
 _SLACK = 0.01
 _CASTS = {
     "floating": " Images? Divide by 255 and normalise.",
@@ -210,12 +210,12 @@ def check_number(name: str, value: float, *, low: float, high: float) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """Raise unless `value` is a number above 0 that float32 can divide by."""
-    check_number(name, value, low=_FLOAT32.eps, high=_FLOAT32.max)
+    check_number(name, value, low=_EPS, high=_MAX)
 
 
 def check_nonnegative(name: str, value: float) -> None:
     """Raise unless `value` is 0 or a number above that float32 holds."""
-    check_number(name, value, low=0, high=_FLOAT32.max)
+    check_number(name, value, low=0, high=_MAX)
 
 
 def check_integer(name: str, value: int, *, low: int | None = None, high: int | None = None) -> None:

@@ -177,7 +177,10 @@ FAULTS: dict[str, tuple[object, str]] = {
         r"several ResNet38, under \['student', 'teac",
     ),
     "twice": (change(bn7_beta=BIAS), "holds bn7.bias twice, as 'bn7.bias' and as 'bn7_beta'"),
-    "code": (change(evil=Evil()), r"more than tensors: torch.load\(weights_only=True\) rejects its getattr"),
+    "code": (
+        change(evil=Evil()),
+        r"more than tensors: torch.load\(weights_only=True\) rejects its (builtins\.)?getattr",  # the room: torch 2.4
+    ),
     "module": (nn.Linear(2, 2), r"rejects its torch\.nn\.modules\.linear\.Linear"),
 }
 

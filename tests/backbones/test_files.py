@@ -62,6 +62,8 @@ def assert_arrived(net: Any, weights: State) -> None:
 
 @pytest.mark.parametrize("case", FILES)
 def test_files_of_a_timm_network_arrive(case: str, weights: State, tmp_path: Path) -> None:
+    if "arguments" in case and not hasattr(torch.serialization, "safe_globals"):
+        pytest.skip("torch 2.4 allows no Namespace in a file of weights")
     torch.save(FILES[case](weights), tmp_path / "w.pth")
     net = load(tmp_path / "w.pth")
     assert_arrived(net, weights)

@@ -53,6 +53,8 @@ def test_a_classifier_of_zeros_is_no_excuse() -> None:
     ],
 )
 def test_networks_that_cannot_be_read_at_a_cell(name: str, settings: dict[str, Any], layer: str) -> None:
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
     model = timm.create_model(name, **{"num_classes": 3, **settings})
     with pytest.raises(ValueError, match=layer):
         classifier_cam(model)
