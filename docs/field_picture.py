@@ -113,7 +113,7 @@ def main() -> None:
         for j, stem in enumerate(stems):
             cell = Image.fromarray(show(stem)).resize((CELL, CELL))
             picture.paste(cell, (NAMES + j * (CELL + GAP), top))
-    picture.quantize(96).save(args.out, optimize=True)
+    picture.quantize(64).save(args.out, optimize=True)
 
 
 if __name__ == "__main__":
