@@ -74,7 +74,8 @@ def refuse_changes(config: Config, data: DataFolder, root: Path, out: Path) -> t
             made = sorted({stage for name in refused for stage in begun[name]}, key=list(STAGES).index)
             remove = "it" if made[0] == FIRST else f"{', '.join(made)} in it"
             raise UserError(
-                f"{out} was made with other settings; name another --out, or remove {remove}:\n" + "\n".join(lines)
+                f"{out} was made with other settings, say config.yaml, environment.json and {_INPUTS} in it; name "
+                f"another --out, or remove {remove}:\n" + "\n".join(lines)
             )
     return settings, kept | inputs
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.voc.disks import namespace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="the scripts fork")]
 TESTS = Path(__file__).parents[1]
 
 

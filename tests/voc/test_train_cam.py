@@ -9,7 +9,7 @@ import torch
 import train_cam
 from batches import Samples
 from config import Augment, Optimizer
-from data import VOCFolder
+from data import BadFileError, VOCFolder
 from networks import build_cam, load_trained
 from torch.testing import assert_close
 
@@ -61,7 +61,7 @@ def test_a_row_with_correlation_starts_from_a_network_without_and_back(root, who
     back = build_cam(tiny_config(), run.data.num_classes)
     train_cam.load_start(back, run.folder("train_cam"))
     assert_close(back.state_dict(), plain)
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(BadFileError, match=r"model\.pt holds another network .* \(Missing key"):
         train_cam.load_start(pixelss.resnet38(), run.folder("train_cam"))
 
 
