@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pixelss import pair_offsets
 
@@ -51,8 +53,16 @@ class Batch(NamedTuple):
         return self.prototypes.shape[-2] - 1
 
 
-def make_batch(
-    seed: int = 0,
+def make_batch(seed: int = 0, **settings: Any) -> Batch:
+    """Build a batch; image 1 is void and the last of several images has no tag. Settings are those of `_draw`."""
+    with _disable_current_modes(), torch.device("cpu"):  # real, whoever asks first
+        batch = _draw(seed, **settings)
+    return map_batch(torch.clone, batch)
+
+
+@lru_cache(64)
+def _draw(
+    seed: int,
     *,
     images: int = 3,
     classes: int = 3,
@@ -62,7 +72,7 @@ def make_batch(
     scales: tuple[int, int] = (3, 3),
     dtype: torch.dtype = torch.float64,
 ) -> Batch:
-    """Build a batch; image 1 is void and the last of several images has no tag."""
+    """Draw what `make_batch` copies."""
     g = torch.Generator().manual_seed(seed)
     B, N, D = images, classes, dim
     (h, w), (H, W) = feature_size, image_size

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ FAMILIES: list[tuple[str, dict[str, Any], tuple[int, int], bool]] = [
     ("mobilevit_xxs", {}, (2, 3), True),
     ("pvt_v2_b0", {}, (2, 3), True),
     ("efficientvit_m0", {}, (1, 2), True),  # a batch norm before the classifier
-    ("repvit_m0_9", {}, (2, 3), True),  # two classifiers, a batch norm before each
+    ("repvit_m0_9", {"depth": (1, 1, 1, 1)}, (2, 3), True),  # two classifiers, a batch norm before each
     ("swiftformer_xs", {}, (2, 3), True),  # two classifiers
     ("hrnet_w18_small", {}, (2, 3), True),
     ("swin_tiny_patch4_window7_224", SWIN, (2, 3), True),  # channels last
@@ -49,7 +50,7 @@ FAMILIES: list[tuple[str, dict[str, Any], tuple[int, int], bool]] = [
     ("convnext_atto", {}, (2, 3), False),  # a norm after the pooling
     ("edgenext_xx_small", {}, (2, 3), False),
     ("poolformer_s12", {}, (2, 3), False),
-    ("tiny_vit_5m_224", {}, (2, 3), False),
+    ("tiny_vit_5m_224", {"depths": (1, 1, 1, 1)}, (2, 3), False),
     ("vit_tiny_patch16_224", VIT, (4, 6), False),  # a class token
     ("vit_tiny_patch16_224", {**VIT, "global_pool": "avg", "fc_norm": False}, (4, 6), True),
     ("vit_tiny_patch16_224", {**VIT, "global_pool": "max", "fc_norm": False}, (4, 6), False),
@@ -209,12 +210,25 @@ TORCHVISION = [
 ]
 
 
+def from_torchvision(models: Any, name: str) -> Any:
+    """Return a network of torchvision, of the smallest size that its class allows where its own takes a second."""
+    if name == "densenet121":
+        return models.DenseNet(8, (1, 1, 1, 1), 16, num_classes=3)
+    if name == "convnext_tiny":
+        widths = (8, 16, 24, 32, None)
+        blocks = [models.convnext.CNBlockConfig(c, after, 1) for c, after in pairwise(widths)]
+        return models.ConvNeXt(blocks, num_classes=3)
+    if name == "swin_t":
+        return models.SwinTransformer([4, 4], 8, [1, 1, 1, 1], [1, 2, 4, 8], [7, 7], num_classes=3)
+    extra = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    return models.get_model(name, num_classes=3, **extra)
+
+
 @pytest.mark.parametrize(("name", "features", "classifier", "mean"), TORCHVISION)
 @torch.no_grad()
 def test_torchvision(name: str, features: str, classifier: str, mean: bool) -> None:
     models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
-    extra = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
-    model = models.get_model(name, num_classes=3, **extra).eval()
+    model = from_torchvision(models, name).eval()
     check_parts(model, features, classifier, (64, 96), (2, 3), mean)
 
 
