@@ -94,7 +94,7 @@ def underfit_cross_entropy_by_loops(
     _, H, W = mask.shape
     void = True
     for b, i, j, k in labelled(mask, logits.shape[1] - 1, ignore_index):
-        losses[(b * H + i) * W + j] = torch.log(torch.exp(logits[b, :, i, j]).sum()) - logits[b, k, i, j]
+        losses[(b * H + i) * W + j] = torch.logsumexp(logits[b, :, i, j], 0) - logits[b, k, i, j]  # never below 0
         void = False
     mean = sum(losses) / len(losses) if losses else zero
     if void or not mean < start:
