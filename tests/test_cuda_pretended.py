@@ -7,14 +7,11 @@ import torch
 from torch import nn
 
 import pixelss
-from tests.pretend_cuda import PretendCUDA, devices
+from tests.pretend_cuda import MARKS, PretendCUDA, devices
 from tests.strategies import convert, make_batch
 from tests.test_promises import BLOCKS, FIXED_SHAPE
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
-    pytest.mark.skipif(torch.__version__ < (2, 5), reason="torch 2.4 asks the real CUDA for more than it pretends"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from train_affinity import kind_by_kind, subsampled
 from train_cam import Objective
 
 import pixelss
-from tests.pretend_cuda import PretendCUDA, devices
+from tests.pretend_cuda import MARKS, PretendCUDA, devices
 
-pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+pytestmark = MARKS
 
 
 @pytest.fixture

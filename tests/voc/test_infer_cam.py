@@ -24,7 +24,7 @@ def test_cam_of_infer_cam_is_the_library_s(shapes: Path, tmp_path: Path) -> None
     made = new_run(shapes, tmp_path / "run")
     infer_cam(made)
     network = build_cam(made.config, 4).eval()
-    network.load_state_dict(torch.load(made.folder("train_cam") / "model.pt"))
+    network.load_state_dict(torch.load(made.folder("train_cam") / "model.pt", weights_only=True))
     stem = made.data.stems("train")[1]
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     image = ((torch.from_numpy(made.data.image(stem)) / 255 - mean) / std).permute(2, 0, 1)[None]
