@@ -141,7 +141,7 @@ def subcategory(config: Config, num_classes: int, images: int) -> Term:
     def mean(views: Views) -> Mean:
         logits = views.head.subclassify(views.student[1.0].features.mean((2, 3)))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        tags = known.get_buffer("tags")[views.places.to(logits.device)]
+        tags = known.get_buffer("tags")[views.places.to(logits.device, non_blocking=True)]
         return binary_cross_entropy_with_logits(logits, tags), views.images_seen
 
     return Term(mean, _WHOLE, modules={"subcategories": known}, prepare=prepare)

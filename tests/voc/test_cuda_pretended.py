@@ -37,7 +37,8 @@ def test_step_of_train_cam(backbone, row, cuda, monkeypatch):
     student = build_cam(config, 5)
     objective = Objective(config, student, 5, 100)
     tags = torch.ones(2, 5, device="cpu")  # as to_device leaves them
-    batch = Batch(torch.rand(2, 3, 48, 48), tags, torch.zeros(2, 0, 48, 48, dtype=torch.uint8))
+    places = torch.arange(2, device="cpu")
+    batch = Batch(torch.rand(2, 3, 48, 48), tags, torch.zeros(2, 0, 48, 48, dtype=torch.uint8), places)
     for report in (False, True):
         assert devices(objective(student, batch, 0, report)) == {"cuda"}
     objective.teacher.update(student)
