@@ -1,10 +1,11 @@
-"""Time and peak memory of the metrics against what the field writes and torchmetrics, in one run.
+"""Time and peak memory of the metrics against numpy and torchmetrics.
 
     python benchmarks/metrics.py
     python benchmarks/metrics.py --device cuda --out metrics.json
 
-An image of 375 x 500 at N = 20, two classes of them in its CAM; 61 thresholds. A CPU works on one core. torchmetrics is
-measured where it is installed; numpy works on the CPU whatever the device.
+In one run: an image of 375 x 500 at N = 20, two classes of them in its CAM; 61
+thresholds. A CPU works on one core. torchmetrics is measured where it is
+installed; numpy works on the CPU whatever the device.
 """
 
 from __future__ import annotations

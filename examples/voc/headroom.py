@@ -72,7 +72,7 @@ def headroom(run: Run) -> Headroom:
         count = sum(p < len(samples) for p in share(range(first, first + config.schedule.batch)))
         if count == 0:  # the stream goes on with the first image again
             continue
-        images, tags, maps = (part[:count].to(run.device) for part in batch)
+        images, tags, maps, _ = (part[:count].to(run.device) for part in batch)
         truth = maps[:, 0]
         with autocast(run):
             x = images.to(memory_format=torch.channels_last)

@@ -36,7 +36,7 @@ def test_headroom_is_the_iou_of_cam_and_targets_on_the_crops_of_a_training(shape
     network = build_cam(settings, classes)
     network.load_state_dict(torch.load(made.folder("train_cam") / "model.pt", weights_only=True))
     samples = Samples(made.data, stems, settings, settings.cam.augment, [shapes / "SegmentationClass"])
-    ((images, tags, maps),) = samples.batches(len(stems), 0, 1, pin=False)
+    ((images, tags, maps, _),) = samples.batches(len(stems), 0, 1, pin=False)
     with torch.no_grad():
         outputs = pixelss.multi_scale_forward(network.eval(), images, scales=[1.0, 1.5])
     cams = [pixelss.normalize_cam(output.cam).double().numpy() for output in outputs]
