@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import faulthandler
 import os
 import random
 import resource
 import signal
 import struct
+import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 _GIB = 2**30
@@ -95,6 +98,27 @@ def tried(count: int, trial: Callable[[int], str], *, seconds: int = 10, first: 
         rest = tried(first + count - number - 1, trial, seconds=seconds, first=number + 1)
         return Trials(outcomes + rest.outcomes, faults | rest.faults)
     return Trials(outcomes, faults)
+
+
+def fuzz(make: Callable[[Path, int], Callable[[int], str]], about: str | None, *, count: int) -> None:
+    """The command of a script: try so many files, on a disk in memory where there is one, and print how it went.
+
+    `make` gets a folder and the seed, and returns the trial.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=count)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="the number to begin with: of a fault, with --count 1")
+    options = parser.parse_args()
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        done = tried(options.count, make(Path(folder), options.seed), first=options.first)
+    for outcome, times in sorted(done.outcomes.items()):
+        print(f"{times:6} {outcome}")
+    for number, fault in done.faults.items():
+        print(f"fault of number {number}: {fault}")
+    print(f"{done.outcomes.total()} files worked with or told of, {len(done.faults)} faults")
+    raise SystemExit(bool(done.faults))
 
 
 def _try_all(numbers: range, trial: Callable[[int], str], seconds: int, writer: int) -> None:

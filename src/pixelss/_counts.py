@@ -40,6 +40,11 @@ def union(counts: Tensor) -> Tensor:
     return counts.sum(-2) + counts.sum(-1) - counts.diagonal(dim1=-2, dim2=-1)
 
 
+def errors(counts: Tensor, axis: int) -> Tensor:
+    """Return false positives (axis 0) or false negatives (axis 1) of every class, as shares of the union."""
+    return (counts.sum(axis) - counts.diagonal()) / union(counts)
+
+
 def rates(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return IoU, precision and recall of every class, (..., K), of confusion matrices (..., K, K): rows the target."""
     counts = counts.double()

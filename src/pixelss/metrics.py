@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from pixelss._checks import check_count, check_sequence, check_tensor, check_void, outside_unit
-from pixelss._counts import joint_counts, rates, union, wrong_value
+from pixelss._counts import errors, joint_counts, rates, wrong_value
 from pixelss._distributed import sum_over_processes
 from pixelss._dtype import promote
+from pixelss._lookup import below, strongest_class
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _DEVICE_HINT = "Inputs lie on the metric's device; .to(device) moves either."
-_CELLS = 1024  # of equal width, in which thresholds are looked up
 
 
 class SegmentationScores(NamedTuple):
@@ -141,11 +141,11 @@ class ConfusionMatrix(nn.Module):
 
         Every process must call it.
         """
-        return _errors(self._total(), 0)
+        return errors(self._total(), 0)
 
     def false_negatives(self) -> Tensor:
         """Return FN / (TP + FP + FN) of every class, (K,); every process must call it."""
-        return _errors(self._total(), 1)
+        return errors(self._total(), 1)
 
     def foreground_miou(self) -> Tensor:
         """Return the mean IoU, where it is not NaN, over classes 1 to K - 1; every process must call it."""
@@ -167,7 +167,7 @@ class ConfusionMatrix(nn.Module):
             count = len(class_names)
             raise ValueError(f"class_names must be {self.num_classes}, the background's first, but are {count}.")
         counts = self._total()
-        columns = torch.stack([*rates(counts), _errors(counts, 0), _errors(counts, 1)], 1)  # (K, 5)
+        columns = torch.stack([*rates(counts), errors(counts, 0), errors(counts, 1)], 1)  # (K, 5)
         width = max(10, *map(len, class_names))
 
         def line(name: str, values: Tensor) -> str:
@@ -185,40 +185,6 @@ class ConfusionMatrix(nn.Module):
     def extra_repr(self) -> str:
         """Describe the settings in the module's repr."""
         return f"num_classes={self.num_classes}, ignore_index={self.ignore_index}"
-
-
-def _strongest(cam: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the maximum over the classes of CAMs (B, N, H, W) and the lowest class that has it, (B, H, W) each."""
-    if cam.device.type != "cpu":
-        return cam.max(1)
-    B, N, H, W = cam.shape
-    columns = cam.reshape(B, N, 1, H * W).permute(0, 3, 1, 2)  # pixels as channels, last in memory
-    # Its code for channels that lie last works on a vector of pixels at a time, that of max on one: nine times as long.
-    values, classes = nn.functional.max_pool2d(columns, (N, 1), return_indices=True)
-    return values.view(B, H, W), classes.view(B, H, W)
-
-
-def _below(thresholds: Tensor, values: Tensor) -> Tensor:
-    """Return how many of the ascending thresholds lie below each value, int32 of the values' shape."""
-    if values.device.type == "cpu":
-        cells = _cells(thresholds)
-        counts = torch.bincount(cells, minlength=_CELLS)
-        if counts.max() == 1:  # one comparison is left, a third of the time of a search for each value
-            lower = (counts.cumsum(0) - counts).int()  # thresholds in the cells before
-            edges = thresholds.new_full((_CELLS,), torch.inf).index_copy_(0, cells.long(), thresholds)
-            place = _cells(values.flatten())
-            return lower.index_select(0, place).add_(edges.index_select(0, place) < values.flatten()).view_as(values)
-    return torch.searchsorted(thresholds, values, out_int32=True)
-
-
-def _cells(x: Tensor) -> Tensor:
-    """Return the cell of each number, int32: a larger number never lies in a cell before."""
-    return (x * _CELLS).int().clamp_(0, _CELLS - 1)
-
-
-def _errors(counts: Tensor, axis: int) -> Tensor:
-    """Return false positives (axis 0) or false negatives (axis 1) of every class, as shares of the union."""
-    return (counts.sum(axis) - counts.diagonal()) / union(counts)
 
 
 class ThresholdSweep(nn.Module):
@@ -295,14 +261,14 @@ class ThresholdSweep(nn.Module):
         B, _, H, W = check_tensor("cam", cam, "BNHW", like=self.histogram, hint=_DEVICE_HINT, N=N)
         hint = f"Resize the CAM to the target's size. {_DEVICE_HINT}"
         check_tensor("target", target, "BHW", kind="integer", like=cam, hint=hint, B=B, H=H, W=W)
-        strongest, best = _strongest(cam.detach())
+        strongest, best = strongest_class(cam.detach())
         if B and outside_unit(torch.stack([cam.detach().amin(), strongest.amax()])).any():  # either keeps a NaN
             wrong = cam[outside_unit(cam)]
             raise wrong_value("cam", wrong, "finite values in [0, 1]", "Raw CAM? Call normalize_cam first.")
         strongest = promote(strongest)
-        below = _below(self.thresholds.to(strongest.dtype), strongest)
+        place = below(self.thresholds.to(strongest.dtype), strongest)
         T, K, _ = self.histogram.shape
-        counts, _ = joint_counts(target, K, self.ignore_index, below.mul_(N).add_(best.int()), T * N)  # (K, T N)
+        counts, _ = joint_counts(target, K, self.ignore_index, place.mul_(N).add_(best.int()), T * N)  # (K, T N)
         self.histogram.add_(counts.view(K, T, N).transpose(0, 1))
 
     def compute(self) -> SweepScores:

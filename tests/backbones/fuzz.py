@@ -8,11 +8,9 @@ code); one in ten is a whole file with a tensor that does not belong there.
 
 from __future__ import annotations
 
-import argparse
 import pickle
 import random
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +28,7 @@ from pixelss.backbones import load_resnet38, timm_backbone
 from pixelss.backbones.mxnet import read_mxnet_params
 from pixelss.io import read_cam
 from tests.backbones.test_checkpoints import filled, prefixed, save_legacy, save_mxnet, tensors
-from tests.mutations import Trials, mutated, tried
+from tests.mutations import fuzz, mutated
 
 CAM = np.random.default_rng(0).random((2, 8, 9)).astype(np.float32)
 TIMM = "test_convnext"  # the smallest of timm's
@@ -171,23 +169,5 @@ class Fuzz:
         assert len(cam) == 20
 
 
-def fuzz(count: int, seed: int, *, first: int = 0) -> Trials:
-    """Try so many files, on a disk in memory where there is one."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        return tried(count, Fuzz(Path(folder), seed), first=first)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="the number to begin with: of a fault, with --count 1")
-    options = parser.parse_args()
-    done = fuzz(options.count, options.seed, first=options.first)
-    for outcome, times in sorted(done.outcomes.items()):
-        print(f"{times:6} {outcome}")
-    for number, fault in done.faults.items():
-        print(f"fault of number {number}: {fault}")
-    print(f"{done.outcomes.total()} files read or refused, {len(done.faults)} faults")
-    raise SystemExit(bool(done.faults))
+    fuzz(Fuzz, __doc__, count=10_000)

@@ -7,14 +7,12 @@ Each damaged file lies in a small data set, or in a finished run, and `run.py` g
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
 import random
 import shutil
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -24,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.mutations import Trials, mutated, tried
+from tests.mutations import fuzz, mutated
 from tests.voc.forks import load_once
 from tests.voc.runs import TINY, VOC, unfinished
 
@@ -229,23 +227,5 @@ class Fuzz:
                     image.load()
 
 
-def fuzz(count: int, seed: int, *, first: int = 0) -> Trials:
-    """Try so many files, on a disk in memory where there is one."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        return tried(count, Fuzz(Path(folder), seed), first=first)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="the number to begin with: of a fault, with --count 1")
-    options = parser.parse_args()
-    done = fuzz(options.count, options.seed, first=options.first)
-    for outcome, times in sorted(done.outcomes.items()):
-        print(f"{times:6} {outcome}")
-    for number, fault in done.faults.items():
-        print(f"fault of number {number}: {fault}")
-    print(f"{done.outcomes.total()} files told of or worked with, {len(done.faults)} faults")
-    raise SystemExit(bool(done.faults))
+    fuzz(Fuzz, __doc__, count=2000)
