@@ -9,6 +9,7 @@ import copy
 import importlib
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -73,7 +74,9 @@ def deterministic() -> Iterator[None]:
 
 @contextmanager
 def refuse_to_wait() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch calls the mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

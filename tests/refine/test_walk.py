@@ -75,8 +75,8 @@ def test_walk_equals_the_matrix_power(size, dtype, log_steps, device):
     inputs = make_scores(size=size).to(dtype), make_pairs(size=size, dtype=dtype)[0]
     actual = value_and_grads(lambda *x: random_walk(*x, log_steps=log_steps), *(x.to(device) for x in inputs))
     expected = value_and_grads(lambda *x: random_walk_by_matrix(*x, log_steps=log_steps), *(x.double() for x in inputs))
-    # The affinity's gradient is a sum over all products.
-    tolerances = [1e-10, 1e-9, 1e-9] if dtype == torch.float64 else [1e-5, 1e-4, 3e-4]
+    # The affinity's gradient is a sum over all products; an H200 was 3.7e-4 off.
+    tolerances = [1e-10, 1e-9, 1e-9] if dtype == torch.float64 else [1e-5, 1e-4, 6e-4]
     for ours, theirs, tolerance in zip(actual, expected, tolerances, strict=True):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.cpu().double(), theirs, rtol=0, atol=tolerance)

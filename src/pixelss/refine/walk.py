@@ -22,7 +22,7 @@ def random_walk(scores: Tensor, affinity: Tensor, *, beta: float = 8.0, log_step
     dtype's precision are left out. At n = 256 that is 88 products in float32, 132 in float64. T is similar to a
     symmetric matrix with eigenvalues in [-1, 1], so the terms are bounded.
 
-    Differentiable in both arguments, in float32 to about 1e-4; autograd keeps the scores of every product, at
+    Differentiable in both arguments, in float32 to a few 1e-4; autograd keeps the scores of every product, at
     n = 256 88 times (B, K, h, w).
 
     Args:
