@@ -50,6 +50,7 @@ ROWS = ("baseline", "control", "+RCM", "+MAM", "+RCM+MAM")
 SCORE_SCALES = (0.5, 1.0, 1.5, 2.0)
 LAG = 3.3  # of the paper's teacher: .01 / (1 - .997), for it has no momentum in effect
 POWER = 0.9  # of the rate's decay
+CPUINFO = Path("/proc/cpuinfo")  # on Linux
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,6 +64,11 @@ def parse_args() -> argparse.Namespace:
     add("--weights", type=Path, help="a weight file of the backbone; its norms are then frozen")
     add("--seeds", type=int, nargs="+", default=[0], help="one baseline and its rows each (0)")
     add("--device", default="cpu", help="cpu or cuda")
+    add(
+        "--precision",
+        choices=["float32", "bf16"],
+        help="of the networks; default: bf16 where the device multiplies it faster, a CPU that has AMX for one",
+    )
     add("--form", default="infonce", choices=["infonce", "ratio"], help="of the regional contrastive loss")
     add("--warmup", type=int, default=300, help="iterations of the baseline (%(default)s)")
     add("--iterations", type=int, default=100, help="iterations of every row after it (%(default)s)")
@@ -92,7 +98,20 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--momentum must be at least 0 and below 1, but is {args.momentum}")
     if args.alpha is None:
         args.alpha = 1 - args.lr / (1 - args.momentum) / LAG
+    if args.precision is None:
+        args.precision = "bf16" if multiplies_bf16(args.device) else "float32"
     return args
+
+
+def multiplies_bf16(device: str) -> bool:
+    """Say whether the device has units for products in bf16: newer GPUs, and CPUs with AMX."""
+    if device != "cpu":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return CPUINFO.is_file() and "amx_bf16" in CPUINFO.read_text()
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 def pace(args: argparse.Namespace) -> str:
@@ -100,7 +119,8 @@ def pace(args: argparse.Namespace) -> str:
     rate = args.lr / (1 - args.momentum)
     distance = rate * sum((1 - step / args.iterations) ** POWER for step in range(args.iterations))
     lag = rate / (1 - args.alpha) if args.alpha < 1 else float("inf")
-    return f"Rows: {args.iterations} iterations, distance {distance:.1f}, lag {lag:.1f} (in the paper 68 and {LAG})."
+    how_far = f"distance {distance:.1f}, lag {lag:.1f} (in the paper 68 and {LAG})"
+    return f"Rows: {args.iterations} iterations, {how_far}; {args.precision}."
 
 
 @dataclass
@@ -183,17 +203,18 @@ def train(student: nn.Sequential, data: Data, args: argparse.Namespace, seed: in
             upcoming = pool.submit(data.batch, seed, step + 1, args)
             images, tags = images.to(args.device, memory_format=torch.channels_last), tags.to(args.device)
             # The step of recipes/plain_loop.py, line by line; a row takes the lines of its blocks.
-            student_out = pixelss.multi_scale_forward(student, images)
-            loss = torch.stack([bce(o.logits, tags) for o in student_out]).mean()
-            if "+" in row:
-                teacher_out = pixelss.multi_scale_forward(teacher, images)
-            if "RCM" in row:
-                mask = region(pixelss.msinf_cam([o.cam for o in teacher_out], tags), tags)
-                bank.update(teacher_out[1].features, mask)
-                loss = loss + rcl(student_out[1].features, mask, bank.prototypes, bank.filled)
-            if "MAM" in row:
-                cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
-                loss = loss + mal(*cams, tags)
+            with autocast(args):
+                student_out = pixelss.multi_scale_forward(student, images)
+                loss = torch.stack([bce(o.logits, tags) for o in student_out]).mean()
+                if "+" in row:
+                    teacher_out = pixelss.multi_scale_forward(teacher, images)
+                if "RCM" in row:
+                    mask = region(pixelss.msinf_cam([o.cam for o in teacher_out], tags), tags)
+                    bank.update(teacher_out[1].features, mask)
+                    loss = loss + rcl(student_out[1].features, mask, bank.prototypes, bank.filled)
+                if "MAM" in row:
+                    cams = [[pixelss.normalize_cam(o.cam) for o in out] for out in (student_out, teacher_out)]
+                    loss = loss + mal(*cams, tags)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -205,10 +226,11 @@ def train(student: nn.Sequential, data: Data, args: argparse.Namespace, seed: in
 
 
 @torch.no_grad()
-def infer(model: nn.Module, data: Data, stem: str, device: str) -> list[Tensor]:
+def infer(model: nn.Module, data: Data, stem: str, args: argparse.Namespace) -> list[Tensor]:
     """The CAM of all scales together and of every single one, each with its flip, at the image's size."""
-    image, tags = (x.to(device)[None] for x in (data.tensor(data.folder.image(stem)), data.tags[stem]))
-    outputs = pixelss.multi_scale_forward(model, torch.cat([image, image.flip(-1)]), scales=SCORE_SCALES)
+    image, tags = (x.to(args.device)[None] for x in (data.tensor(data.folder.image(stem)), data.tags[stem]))
+    with autocast(args):
+        outputs = pixelss.multi_scale_forward(model, torch.cat([image, image.flip(-1)]), scales=SCORE_SCALES)
     pairs = [[o.cam[:1], o.cam[1:].flip(-1)] for o in outputs]
     return [pixelss.msinf_cam(cams, tags) for cams in ([cam for pair in pairs for cam in pair], *pairs)]
 
@@ -219,7 +241,7 @@ def score(model: nn.Module, data: Data, args: argparse.Namespace, desc: str) -> 
     sweeps = [pixelss.ThresholdSweep(data.folder.num_classes).to(args.device) for _ in range(1 + len(SCORE_SCALES))]
     for stem in tqdm(data.scored, desc=desc, ncols=80, leave=False):
         mask = torch.from_numpy(data.folder.mask(stem)).to(args.device)[None]
-        for sweep, cam in zip(sweeps, infer(model, data, stem, args.device), strict=True):
+        for sweep, cam in zip(sweeps, infer(model, data, stem, args), strict=True):
             sweep.update(cam, mask)
     whole, *single = (sweep.compute() for sweep in sweeps)
     percent = [100 * values[whole.best].item() for values in (whole.miou, whole.precision, whole.recall)]
@@ -282,7 +304,7 @@ def save_picture(
     for stem in sorted(data.scored, key=lambda stem: -data.tags[stem].sum().item())[:4]:
         cams, tags = {}, data.tags[stem]
         for row in ROWS[1:]:
-            cams[row] = infer(models[row].eval(), data, stem, args.device)[0].cpu()
+            cams[row] = infer(models[row].eval(), data, stem, args)[0].cpu()
         masks = {
             row: pixelss.class_region_mask(cam, tags[None], threshold=thresholds[row])[0] for row, cam in cams.items()
         }

@@ -109,13 +109,23 @@ def settings(monkeypatch, *arguments: str) -> Namespace:
 def test_the_teacher_lags_as_the_paper_s_whatever_the_rate(monkeypatch):
     default = settings(monkeypatch)
     assert default.alpha == pytest.approx(1 - default.lr / (1 - default.momentum) / 3.3)
-    slow = settings(monkeypatch, "--lr", "0.01", "--momentum", "0", "--iterations", "1")
+    slow = settings(monkeypatch, "--lr", "0.01", "--momentum", "0", "--iterations", "1", "--precision", "float32")
     assert slow.alpha == pytest.approx(0.997, abs=1e-4)  # the paper's
-    assert pace(slow) == "Rows: 1 iterations, distance 0.0, lag 3.3 (in the paper 68 and 3.3)."
+    assert pace(slow) == "Rows: 1 iterations, distance 0.0, lag 3.3 (in the paper 68 and 3.3); float32."
     own = settings(monkeypatch, "--lr", "0.03", "--alpha", "0.98", "--iterations", "100")
     assert own.alpha == 0.98
     assert "distance 15.9, lag 15.0" in pace(own)
     assert "lag inf" in pace(settings(monkeypatch, "--alpha", "1"))
+
+
+def test_precision_follows_the_processor(monkeypatch, tmp_path):
+    for flags, precision in (("fpu amx_bf16 amx_tile", "bf16"), ("fpu avx512_bf16", "float32")):
+        (tmp_path / "cpuinfo").write_text(f"flags : {flags}")
+        monkeypatch.setattr("quickstart.CPUINFO", tmp_path / "cpuinfo")
+        assert settings(monkeypatch).precision == precision
+    monkeypatch.setattr("quickstart.CPUINFO", tmp_path / "none")  # as on a Mac
+    assert settings(monkeypatch).precision == "float32"
+    assert settings(monkeypatch, "--precision", "bf16").precision == "bf16"
 
 
 def test_published_weights_are_trained_gently(monkeypatch):
