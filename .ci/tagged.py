@@ -1,5 +1,6 @@
 """Say what a tag is not ready for: python .ci/tagged.py vX.Y.Z, silent where it is; the publish workflow runs it."""
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -35,6 +36,6 @@ def problems(tag: str, root: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    sys.exit("\n".join(problems(sys.argv[1], Path(__file__).parents[1])) or None)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tag", help="vX.Y.Z")
+    sys.exit("\n".join(problems(parser.parse_args().tag, Path(__file__).parents[1])) or None)

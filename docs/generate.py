@@ -9,6 +9,7 @@ fails where a text that is committed differs.
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -386,5 +387,6 @@ def generated() -> dict[Path, str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Write docs/api.md, docs/papers.md, the README's table of blocks.").parse_args()
     for path, text in generated().items():
         path.write_text(text)

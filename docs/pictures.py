@@ -8,6 +8,7 @@ The network learns for some minutes the first time and is kept in runs/pictures.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import hashlib
 import inspect
@@ -482,4 +483,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Draw the pages' pictures into docs/_pictures, unless up to date.").parse_args()
     main()

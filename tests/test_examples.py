@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 VOC_MINI = Path(os.environ.get("PIXELSS_VOC_MINI", Path(__file__).parent.parent.parent / "shared/data/voc12-mini"))
 ROWS = ["baseline", "control", "+RCM", "+MAM", "+RCM+MAM"]
 sys.path.insert(0, str(EXAMPLES))
@@ -192,7 +193,10 @@ def digest(root: Path) -> str:
 SCRIPTS = [
     *(EXAMPLES / name for name in ("quickstart.py", "shapes.py", "lite0_weights.py")),
     *(EXAMPLES / "voc" / name for name in ("run.py", "tables.py", "headroom.py")),
-    *sorted(path for path in (EXAMPLES.parent / "benchmarks").glob("*.py") if path.stem != "paired"),
+    *sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "paired"),
+    *sorted(path for path in (ROOT / "docs").glob("*.py") if path.stem != "conf"),
+    *sorted((ROOT / ".ci").glob("*.py")),
+    *(ROOT / "tests" / name for name in ("voc/kills.py", "voc/disks.py", "voc/fuzz.py", "backbones/fuzz.py")),
 ]
 
 

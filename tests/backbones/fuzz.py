@@ -1,9 +1,10 @@
-"""Damaged and wrong weight files: each is read right, or refused by a message that names it.
+"""Damaged and wrong weight files: read right, or refused by name.
 
     python tests/backbones/fuzz.py --count 10000 --seed 0
 
-Nine in ten are damaged copies of files in every layout, some of them of other readers (networks of timm, CAMs of other
-code); one in ten is a whole file with a tensor that does not belong there.
+Nine in ten are damaged copies of files in every layout, some of them of other
+readers (networks of timm, CAMs of other code); one in ten is a whole file with
+a tensor that does not belong there.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Write crf.npz beside this file: outputs of the C++ dense CRF (the extra crf-reference) on a generated image."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -46,4 +47,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

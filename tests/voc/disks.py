@@ -1,15 +1,19 @@
-"""Fill the disk, or take the right to write, at every stage: a message that names a file, and the same files later.
+"""Fill the disk, or take the right to write, at every stage: what is told?
 
     python tests/voc/disks.py
 
-Each stage of a small run is made on a disk in memory that has no room, a little room, a little more, until the stage
-is done; and with a folder, its own or the run's, that cannot be written to. After each refusal nothing half-written may
-lie there, what was there must be as it was, and with room the same command must give an undisturbed run's files. The
-data may lie on a disk that cannot be written to. The disks are mounted in a namespace of the script's own (Linux).
+A message must name a file, and later the files must be the same. Each stage of
+a small run is made on a disk in memory that has no room, a little room, a
+little more, until the stage is done; and with a folder, its own or the run's,
+that cannot be written to. After each refusal nothing half-written may lie
+there, what was there must be as it was, and with room the same command must
+give an undisturbed run's files. The data may lie on a disk that cannot be
+written to. The disks are mounted in a namespace of the script's own (Linux).
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -171,7 +175,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "--inside" not in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # of the namespace
+    if not parser.parse_args().inside:
         words = [*namespace(), sys.executable, __file__, "--inside"]
         os.execvp(words[0], words)
     main()

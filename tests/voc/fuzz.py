@@ -1,8 +1,9 @@
-"""Damaged images, masks, annotations, lists, tables and results: a right result, or a message that names the file.
+"""Damaged images, masks, lists, tables, results: read right, or named.
 
     python tests/voc/fuzz.py --count 2000 --seed 0
 
-Each damaged file lies in a small data set, or in a finished run, and `run.py` goes through the stages that read it.
+Each damaged file lies in a small data set, or in a finished run, and `run.py`
+goes through the stages that read it.
 """
 
 from __future__ import annotations

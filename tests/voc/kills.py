@@ -1,11 +1,13 @@
-"""Kill the demo at random moments, go on with the same command, and compare every file with an undisturbed run's.
+"""Kill the demo at random moments, go on, and compare with an undisturbed run.
 
     python tests/voc/kills.py --kills 200 --seed 0
-    python tests/voc/kills.py --kills 50 --seed 0 --own  # photographs with a table of tags, whose labels are exported
+    python tests/voc/kills.py --kills 50 --seed 0 --own  # photographs with tags
 
-A run goes through all stages with few iterations and is killed (SIGKILL) about fifteen times, at moments that an
-exponential distribution draws; then the next run begins. The processes are forks of one that has imported everything
-and read the settings, so that no kill is spent on that, of which nothing is left on the disk.
+A run goes through all stages with few iterations and is killed (SIGKILL) about
+fifteen times, at moments that an exponential distribution draws; then the next
+run begins. After its last start every file must be an undisturbed run's. The
+processes are forks of one that has imported everything and read the settings,
+so that no kill is spent on that, of which nothing is left on the disk.
 """
 
 from __future__ import annotations
