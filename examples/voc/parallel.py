@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,11 +13,14 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # documented, not in __all__
 
 T = TypeVar("T")
 # A stage of inference meets the other processes at its end alone, and shares take unequal time. A process that dies
-# does not make the others wait so long: torchrun ends them.
+# does not make the others wait so long: torchrun ends them, and without it they see its connection end.
 _TIMEOUT = timedelta(hours=6)
+_MEETING = 600.0  # seconds for all processes to come; schedulers start them one by one
+_SILENCE = 30.0  # seconds after which a process that had come, and waits as the others do, has ended
 
 
 @contextmanager
@@ -24,10 +30,9 @@ def process_group(device: str) -> Iterator[torch.device]:
     place = torch.device(device, int(os.environ.get("LOCAL_RANK", 0))) if device == "cuda" else torch.device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    if many:
-        cuda = place.type == "cuda"
-        distributed.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT, device_id=place if cuda else None)
     try:
+        if many:
+            _join(place)
         yield place
     except RuntimeError as error:
         if many and (isinstance(error, distributed.DistError) or "gloo" in str(error)):
@@ -38,6 +43,95 @@ def process_group(device: str) -> Iterator[torch.device]:
         raise
     if many:  # not after an error: it may wait for the other processes, which wait for this one
         distributed.destroy_process_group()
+
+
+def _join(place: torch.device) -> None:
+    """Join the process group that the environment names, once all of it have come."""
+    if absent := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(f"{' and '.join(absent)} must be set where WORLD_SIZE is, as torchrun does.")
+    me, many = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # holds the store that process 0 holds else
+    if me or torchrun:
+        find(address, port, limit=_MEETING, silence=_SILENCE)
+    try:
+        held = TCPStore(address, port, many, me == 0 and not torchrun, wait_for_workers=False)
+    except distributed.DistError as error:
+        if me or torchrun:
+            raise
+        raise RuntimeError(f"Process 0 cannot listen at MASTER_PORT {port}: choose another one. ({error})") from error
+    store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), held)
+    meet(store, me, many, limit=_MEETING, silence=_SILENCE)
+    kind, cuda = ("nccl", place) if place.type == "cuda" else ("gloo", None)
+    # All are there: connecting takes no time, unless one has ended in this very moment.
+    soon = cuda is None and hasattr(distributed, "set_timeout")  # which torch 2.4 has not
+    timeout = timedelta(seconds=_SILENCE) if soon else _TIMEOUT
+    distributed.init_process_group(kind, store=store, rank=me, world_size=many, timeout=timeout, device_id=cuda)
+    if soon:
+        distributed.set_timeout(_TIMEOUT)
+
+
+def find(address: str, port: int, *, limit: float, silence: float) -> None:
+    """Wait until process 0 listens, quietly: TCPStore prints a stack at every try that fails.
+
+    Raises:
+        RuntimeError: nobody listens within `limit` seconds; after every `silence` seconds a line says who is awaited.
+    """
+    begun = told = time.monotonic()
+    while True:
+        try:
+            with socket.create_connection((address, port), timeout=min(silence, limit)):
+                return
+        except OSError as error:
+            now, why = time.monotonic(), str(error)
+            if now - begun > limit:
+                raise RuntimeError(
+                    f"Process 0 did not come within {limit:.0f} seconds: nobody listens at MASTER_ADDR {address}, "
+                    f"MASTER_PORT {port}. If it ended, its message says why. ({why})"
+                ) from error
+        if now - told > silence:
+            print(f"Still to come: process 0, at {address}:{port}. ({why})", file=sys.stderr, flush=True)
+            told = now
+        time.sleep(0.2)
+
+
+def meet(store: Store, me: int, many: int, *, limit: float, silence: float) -> None:
+    """Wait until `many` processes have come, which say again and again that they are alive.
+
+    Raises:
+        RuntimeError: some did not come within `limit` seconds, or came and said nothing for `silence` seconds.
+    """
+    begun = told = time.monotonic()
+    heard: dict[int, tuple[int, float]] = {}  # what each said, and when it was new
+    while True:
+        now = time.monotonic()
+        store.add(f"alive/{me}", 1)
+        said = {other: store.add(f"alive/{other}", 0) for other in range(many)}
+        absent = [other for other in said if said[other] == 0]
+        if not absent:  # a process that came may have ended before the last one came: all say once more that they go on
+            store.set(f"ready/{me}", "")
+        waiting = [other for other in said if not store.check([f"ready/{other}"])]  # those ready may be gone already
+        if not waiting:
+            return
+        heard |= {other: (said[other], now) for other in said if said[other] != heard.get(other, (0, now))[0]}
+        if silent := [other for other in waiting if other in heard and now - heard[other][1] > silence]:
+            raise RuntimeError(
+                f"{_processes(silent)} ended before all had come: its message says why, or the system's log if it was "
+                "killed."
+            )
+        if absent and now - begun > limit:
+            raise RuntimeError(
+                f"{_processes(absent)} of {many} did not come within {limit:.0f} seconds: all need the same WORLD_SIZE "
+                "and each a RANK of its own. If one ended, its message says why."
+            )
+        if absent and now - told > silence:
+            print(f"Still to come, of {many}: {_processes(absent).lower()}.", file=sys.stderr, flush=True)
+            told = now
+        time.sleep(0.2)
+
+
+def _processes(ranks: Sequence[int]) -> str:
+    return f"{'Process' if len(ranks) == 1 else 'Processes'} {', '.join(map(str, ranks))}"
 
 
 def rank() -> int:

@@ -266,7 +266,10 @@ def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
         raise UserError("--data and --out are needed: see --help.")
     options.tables = list(TABLES) if options.name == "all" else [options.name]
     if "field" in options.tables and not options.start:
-        raise UserError("The table field needs --start: its row OC-CSE shows erased images to the start's network.")
+        raise UserError(
+            "The table field needs --start FILE, the settings of a first training, as mini_start.yaml: its row OC-CSE "
+            "shows erased images to that network."
+        )
     options.config = options.config or default_config(options.data)
     options.settings = [*settings, "--infer_cam.single_scales=true"]  # for table 5, so that tables share rows
     config = load_config(options.config, settings)

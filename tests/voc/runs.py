@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,6 +44,12 @@ def command(script: str, *arguments: object, fault: tuple[object, ...] = ()) -> 
     before = [Path(__file__).with_name("faulty.py"), *fault] if fault else []
     words = [sys.executable, *before, VOC / script, *arguments]
     return subprocess.run([str(word) for word in words], capture_output=True, text=True)
+
+
+def free_port() -> int:
+    with socket.socket() as waiting:
+        waiting.bind(("127.0.0.1", 0))
+        return int(waiting.getsockname()[1])
 
 
 def config(**changes: Any) -> Config:

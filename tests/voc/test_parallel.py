@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+
 import parallel
 import pytest
 import torch
-from parallel import mean_count, process_group, share, shared_mean
-from torch.distributed import DistBackendError
+from parallel import find, mean_count, meet, process_group, share, shared_mean
+from torch.distributed import DistBackendError, HashStore
 
 from tests.distributed import run_processes
+from tests.voc.runs import free_port
 
 
 def shares(rank: int) -> list[object]:
@@ -31,7 +36,7 @@ def test_shares_and_means_of_two_processes():
 )
 def test_the_end_of_another_process_is_told(monkeypatch, error):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(parallel.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(parallel, "_join", lambda _: None)
     with (
         pytest.raises(RuntimeError, match=r"Another process ended: .* The same command"),
         process_group("cpu"),
@@ -39,3 +44,59 @@ def test_the_end_of_another_process_is_told(monkeypatch, error):
         raise error
     with pytest.raises(RuntimeError, match=r"^of this one$"), process_group("cpu"):
         raise RuntimeError("of this one")
+
+
+def met(wait: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_processes_that_start_apart_meet():
+    store = HashStore()
+    first = met(lambda: meet(store, 0, 3, limit=60, silence=60))
+    time.sleep(0.5)
+    second = met(lambda: meet(store, 2, 3, limit=60, silence=60))
+    time.sleep(0.5)
+    assert first.is_alive()
+    assert second.is_alive()
+    meet(store, 1, 3, limit=60, silence=60)
+    first.join(30)
+    second.join(30)
+    assert not first.is_alive()
+    assert not second.is_alive()
+
+
+def test_a_process_that_does_not_come_is_named(capsys):
+    store = HashStore()
+    met(lambda: meet(store, 2, 4, limit=60, silence=60))
+    with pytest.raises(RuntimeError, match=r"^Processes 0, 3 of 4 did not come within 1 seconds: all need .* RANK"):
+        meet(store, 1, 4, limit=1, silence=0.5)
+    assert capsys.readouterr().err == "Still to come, of 4: processes 0, 3.\n"
+
+
+@pytest.mark.parametrize("last", ["comes", "does not come"])
+def test_a_process_that_ends_while_the_others_come_is_named(last):
+    store = HashStore()
+    store.add("alive/1", 7)  # says no more
+    if last == "comes":
+        met(lambda: meet(store, 2, 3, limit=60, silence=60))
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"^Process 1 ended before all had come"):
+        meet(store, 0, 3, limit=60, silence=1)
+    assert time.monotonic() - begun < 30
+
+
+def test_process_0_is_waited_for(capsys):
+    with pytest.raises(RuntimeError, match=r"^Process 0 did not come within 1 seconds: nobody listens at "):
+        find("127.0.0.1", free_port(), limit=1, silence=0.5)
+    assert "Still to come: process 0, at 127.0.0.1:" in capsys.readouterr().err
+
+
+def test_a_place_in_the_group_is_named_in_full(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ValueError, match=r"^MASTER_ADDR and MASTER_PORT must be set"), process_group("cpu"):
+        pass

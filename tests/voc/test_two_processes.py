@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from parallel import find
+from torch.distributed import TCPStore
 
-from tests.voc.runs import VOC, unfinished
+from tests.voc.runs import VOC, free_port, unfinished
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 LONG = ("--cam.schedule.iterations", 100_000)
 
 
-def free_port() -> int:
-    with socket.socket() as waiting:
-        waiting.bind(("127.0.0.1", 0))
-        return int(waiting.getsockname()[1])
-
-
-def alone(words: list[str]) -> list[subprocess.Popen[str]]:
+def alone(words: list[str], *, port: int | None = None, world_size: int = 2) -> list[subprocess.Popen[str]]:
     """Start two processes that nobody watches over, as some schedulers do."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "WORLD_SIZE": str(world_size)}
     return [
         subprocess.Popen(
             [sys.executable, *words],
@@ -52,7 +48,7 @@ def process_of(rank: int, parent: int) -> int:
 
 
 def wait_for(folder: Path, pattern: str, processes: list[subprocess.Popen[str]]) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600  # where other work runs too
     while not any(folder.glob(pattern)):
         assert time.monotonic() < deadline, f"{folder / pattern} did not come"
         assert all(process.poll() is None for process in processes), [p.communicate()[1] for p in processes]
@@ -85,6 +81,26 @@ def test_a_process_whose_other_one_is_killed_says_so(
     assert processes[1 - killed].returncode == 1
     assert "Traceback" not in message
     assert "Another process ended" in message, message[-2000:]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_so_does_one_that_waits_for_a_third(words: list[str], killed: int) -> None:
+    processes = alone(words, port=(port := free_port()), world_size=3)
+    try:
+        find("127.0.0.1", port, limit=300, silence=300)
+        store = TCPStore("127.0.0.1", port, timeout=timedelta(seconds=300))
+        while not all(store.add(f"0/alive/{rank}", 0) for rank in range(2)):
+            assert all(process.poll() is None for process in processes), [p.communicate()[1] for p in processes]
+            time.sleep(0.05)
+        processes[killed].send_signal(signal.SIGKILL)
+        _, message = processes[1 - killed].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert processes[1 - killed].returncode == 1
+    assert "Traceback" not in message
+    assert ("Process 1 ended before" if killed else "Another process ended") in message, message[-2000:]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
