@@ -1,13 +1,18 @@
-"""Shared by all tests: the hypothesis profiles, the marks, and the devices."""
+"""Shared by all tests: the hypothesis profiles, the marks, the threads of several workers, and the devices."""
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
 import sys
 import sysconfig
 from pathlib import Path
+
+# With pytest-xdist each worker has its share of the cores; torch reads this once, the processes that tests start too
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import pytest
 import torch
@@ -51,6 +56,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.inductor)
         if not NOT_UNIT & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.unit)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Take what was imported out of the garbage collector's sight: half a million objects, looked through each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", params=DEVICES)

@@ -104,6 +104,6 @@ def test_readme_marks_what_others_fill_and_take():
 
 
 def test_readme_and_ci_share_the_test_command():
-    command = 'python -m pip install -e ".[dev]" && python -m pytest'
-    assert command in README
-    assert command in (ROOT / ".ci" / "run").read_text()
+    command = 'python -m pip install -e ".[dev]" && python -m pytest -n auto\n'
+    for text in (README, (ROOT / "CONTRIBUTING.md").read_text(), (ROOT / ".ci" / "run").read_text()):
+        assert command in text
