@@ -16,6 +16,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = 120.0  # seconds
+START = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
+if START == "forkserver":  # what test files import, and torch itself with its first optimizer
+    mp.set_forkserver_preload(["hypothesis", "pytest", "tests.oracles", "tests.strategies", "timm", "torch._dynamo"])
 
 
 def run_processes(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -23,10 +26,13 @@ def run_processes(function: Callable[..., Any], world_size: int, *args: Any) -> 
 
     `function` is a top-level function of a test module. It returns tensors, numbers and containers of them, or
     None. The first error is raised here, with its traceback; a process that hangs is ended after `TIMEOUT`.
-    Starting processes takes seconds: put several cases into one function. Rendezvous is by file, without ports.
+    The processes are forks of a server that has imported torch, which takes seconds. Rendezvous is by file, without
+    ports.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = mp.spawn(_process, args=(world_size, folder, function, args), nprocs=world_size, join=False)
+        processes = mp.start_processes(
+            _process, args=(world_size, folder, function, args), nprocs=world_size, join=False, start_method=START
+        )
         deadline = time.monotonic() + TIMEOUT
         try:
             while not processes.join(timeout=1):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from pixelss import PrototypeBank
+from tests.distributed import run_processes
 
 
 def batch(dim: int = 5, images: int = 2) -> tuple[Tensor, Tensor]:
@@ -114,29 +111,20 @@ def test_a_copy_and_a_reset_keep_the_width() -> None:
     assert "dim=None" in repr(PrototypeBank(2, None))
 
 
-def shard(rank: int, folder: str) -> None:
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def shard(rank: int) -> tuple[dict[str, torch.Tensor], str]:
     features, mask = batch(images=3)
     part = slice(0, 3) if rank else slice(3, 3)  # one process has no image
     bank = PrototypeBank(3, None)
     bank.update(features[part], mask[part])
-    torch.save(bank.state_dict(), f"{folder}/{rank}.pt")
-    try:
+    with pytest.raises(ValueError, match="in this one") as refused:
         PrototypeBank(3, None).update(*batch(5 + rank))
-    except ValueError as error:
-        Path(folder, f"{rank}.txt").write_text(str(error))
-    dist.destroy_process_group()
+    return dict(bank.state_dict()), str(refused.value)
 
 
 @pytest.mark.processes
 def test_two_processes_agree_on_the_width() -> None:
     single = PrototypeBank(3, None)
     single.update(*batch(images=3))
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(shard, (folder,), nprocs=2)
-        for rank in range(2):
-            state = torch.load(f"{folder}/{rank}.pt", weights_only=True)
-            torch.testing.assert_close(state, dict(single.state_dict()))
-            assert f"but have {5 + rank} in this one" in Path(folder, f"{rank}.txt").read_text()
+    for rank, (state, message) in enumerate(run_processes(shard, 2)):
+        torch.testing.assert_close(state, dict(single.state_dict()))
+        assert f"but have {5 + rank} in this one" in message
