@@ -14,17 +14,19 @@ from PIL import Image
 from run import guarded
 from shapes import write_shapes
 
-from tests.voc.runs import TINY, VOC, Again, Call, command, contents
+from tests.voc.runs import TINY, VOC, Again, Call, command, contents, load_once
 from tests.voc.trainings import TRAININGS, with_labels
 from tests.voc.trainings import open_run as open_training
 
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a command in this process; returns what it prints, its error message too."""
+    """Run a command in this process; returns what it prints, its error message too. Settings are read once."""
 
     def run_main(function: Callable[[], None], *arguments: object, ok: bool = True) -> str:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        for module in {"run", "tables", "headroom"} & sys.modules.keys():
+            monkeypatch.setattr(sys.modules[module], "load_config", load_once)
         code: object = 0
         try:
             guarded(function)

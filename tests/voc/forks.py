@@ -5,32 +5,17 @@ For scripts, not for a process that has trained: torch's backward pass has threa
 
 from __future__ import annotations
 
-import copy
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-import tests.voc  # noqa: F401  # the path of the examples
+from tests.voc.runs import load_once  # which sets the path of the examples
 
 import run  # isort: skip
-from config import Config  # isort: skip
-
-
-_known: dict[str, Config] = {}
-_load_config = run.load_config
-
-
-def load_once(files: Sequence[Path], settings: Sequence[str] = ()) -> Config:
-    """Return settings as `run.load_config`, which takes longer than small stages, from its first call with them."""
-    key = f"{files} {settings}"
-    if key not in _known:
-        _known[key] = _load_config(files, settings)
-    return copy.deepcopy(_known[key])
 
 
 def start(words: tuple[object, ...], said: Path) -> int:

@@ -24,8 +24,7 @@ import torch
 from PIL import Image
 
 from tests.mutations import fuzz, mutated
-from tests.voc.forks import load_once
-from tests.voc.runs import TINY, VOC, unfinished
+from tests.voc.runs import TINY, VOC, load_once, unfinished
 
 # After the path of the examples, which tests.voc sets.
 import run  # isort: skip

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.voc import VOC
 
 VOC_MINI = Path(os.environ.get("PIXELSS_VOC_MINI", VOC.parent.parent.parent / "shared/data/voc12-mini"))
 Call = Callable[..., str]
+_known: dict[tuple[object, ...], Config] = {}
 Again = Callable[[str], tuple[Path, dict[str, bytes], tuple[object, ...]]]
 TINY = """
 cam:
@@ -52,9 +54,17 @@ def free_port() -> int:
         return int(waiting.getsockname()[1])
 
 
+def load_once(files: Sequence[Path], settings: Sequence[str] = ()) -> Config:
+    """Return settings as `run.load_config`, which takes longer than small stages, from its first call with them."""
+    key = (*((file, file.is_file() and file.read_text()) for file in files), *settings)
+    if key not in _known:
+        _known[key] = load_config(files, settings)
+    return copy.deepcopy(_known[key])
+
+
 def config(**changes: Any) -> Config:
     settings = [f"--{name}={value}" for name, value in changes.items()]
-    return load_config([VOC / "demo.yaml"], settings)
+    return load_once([VOC / "demo.yaml"], settings)
 
 
 def new_run(root: Path, out: Path, *, weights: bool = True, settings: Config | None = None) -> Run:
