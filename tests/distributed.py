@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.processes import START
+
 TIMEOUT = 120.0  # seconds
-START = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
-if START == "forkserver":  # what test files import, and torch itself with its first optimizer
-    mp.set_forkserver_preload(["hypothesis", "pytest", "tests.oracles", "tests.strategies", "timm", "torch._dynamo"])
 
 
 def run_processes(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -26,8 +25,7 @@ def run_processes(function: Callable[..., Any], world_size: int, *args: Any) -> 
 
     `function` is a top-level function of a test module. It returns tensors, numbers and containers of them, or
     None. The first error is raised here, with its traceback; a process that hangs is ended after `TIMEOUT`.
-    The processes are forks of a server that has imported torch, which takes seconds. Rendezvous is by file, without
-    ports.
+    Rendezvous is by file, without ports.
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = mp.start_processes(

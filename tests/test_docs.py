@@ -15,6 +15,7 @@ import pixelss
 import pixelss.examples
 import pixelss.io
 import pixelss.viz
+from tests.processes import run_script
 
 ROOT = Path(__file__).parent.parent
 DOCS, EXAMPLES = ROOT / "docs", ROOT / "examples"
@@ -242,10 +243,11 @@ def test_there_are_four_notebooks_and_the_site_shows_them():
 def test_recipes_run(path):
     if path.stem == "lightning_module":
         pytest.importorskip("lightning", exc_type=ImportError)
-    command = [sys.executable, str(path)]
     if path.stem == "several_gpus":
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True)
+    else:
+        result = run_script(path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
 

@@ -27,12 +27,14 @@ from shapes import CLASSES, VOID, write_shapes  # noqa: E402
 
 from pixelss.examples import _EXTRA, _SUFFIXES, copy_examples, main  # noqa: E402
 from pixelss.viz import voc_palette  # noqa: E402
+from tests.processes import run_script  # noqa: E402
 
 
 def run_quickstart(out: Path, *arguments: str) -> str:
     tiny = ["--warmup", "3", "--iterations", "2", "--batch", "2", "--score-images", "3", "--out", str(out)]
-    command = [sys.executable, str(EXAMPLES / "quickstart.py"), *tiny, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = run_script(EXAMPLES / "quickstart.py", *tiny, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def check_outputs(out: Path, table: str, seeds: int) -> None:

@@ -22,6 +22,7 @@ from stages import Run
 from storage import load_cam, save_cam
 from torch import Tensor
 
+from tests.processes import run_script
 from tests.voc import VOC
 
 VOC_MINI = Path(os.environ.get("PIXELSS_VOC_MINI", VOC.parent.parent.parent / "shared/data/voc12-mini"))
@@ -43,8 +44,9 @@ seg: {test_scales: [1.0], crf: {iterations: 1}, max_batch: 2, schedule: {iterati
 
 def command(script: str, *arguments: object, fault: tuple[object, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Run a command as a user does: a process of its own, which takes seconds to start; with a fault of faulty.py."""
-    before = [Path(__file__).with_name("faulty.py"), *fault] if fault else []
-    words = [sys.executable, *before, VOC / script, *arguments]
+    if fault:
+        return run_script(Path(__file__).with_name("faulty.py"), *fault, VOC / script, *arguments)
+    words = [sys.executable, VOC / script, *arguments]
     return subprocess.run([str(word) for word in words], capture_output=True, text=True)
 
 

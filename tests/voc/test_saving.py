@@ -6,10 +6,9 @@ import errno
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from config import Config
 from networks import build_cam
 from stages import Run
 
+from tests.processes import START
 from tests.voc.trainings import TRAININGS, check_resumed, metrics, open_run, tiny_config, train_until, with_labels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,23 +35,21 @@ def process(root: str, out: str, stage: str) -> None:
 
 def kill_until_finished(run: Run, stage: str, moments: list[float]) -> int:
     """Start the stage again and again, kill each process so many seconds after its first new checkpoint."""
-    code = f"from tests.voc.test_saving import process; process({str(run.data.root)!r}, {str(run.out)!r}, {stage!r})"
     kills = 0
     for moment in [*moments, None]:
         before = set(run.folder(stage).glob("step-*.pt"))
-        child = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True
-        )
-        while moment is not None and child.poll() is None and not run.finished(stage):
+        child = get_context(START).Process(target=process, args=(str(run.data.root), str(run.out), stage))
+        child.start()
+        while moment is not None and child.is_alive() and not run.finished(stage):
             if set(run.folder(stage).glob("step-*.pt")) - before:
                 time.sleep(moment)
                 break
             time.sleep(0.002)
-        if moment is not None and child.poll() is None:
-            child.send_signal(signal.SIGKILL)
+        if moment is not None and child.is_alive():
+            child.kill()
             kills += 1
-        _, errors = child.communicate()
-        assert child.returncode in (0, -signal.SIGKILL), errors
+        child.join()
+        assert child.exitcode in (0, -signal.SIGKILL)
     assert run.finished(stage)
     return kills
 
