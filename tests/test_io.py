@@ -273,6 +273,7 @@ def test_every_function_is_documented():
     assert io.__all__ == sorted(io.__all__)
 
 
+@pytest.mark.processes
 def test_pillow_is_needed_by_masks_alone(tmp_path):
     code = f"""
 import sys
