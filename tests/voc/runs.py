@@ -27,7 +27,6 @@ from tests.voc import VOC
 
 VOC_MINI = Path(os.environ.get("PIXELSS_VOC_MINI", VOC.parent.parent.parent / "shared/data/voc12-mini"))
 Call = Callable[..., str]
-_known: dict[tuple[object, ...], Config] = {}
 Again = Callable[[str], tuple[Path, dict[str, bytes], tuple[object, ...]]]
 TINY = """
 cam:
@@ -54,6 +53,9 @@ def free_port() -> int:
     with socket.socket() as waiting:
         waiting.bind(("127.0.0.1", 0))
         return int(waiting.getsockname()[1])
+
+
+_known: dict[tuple[object, ...], Config] = {}
 
 
 def load_once(files: Sequence[Path], settings: Sequence[str] = ()) -> Config:
