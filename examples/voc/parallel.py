@@ -109,8 +109,8 @@ def meet(store: Store, me: int, many: int, *, limit: float, silence: float) -> N
         said = {other: store.add(f"alive/{other}", 0) for other in range(many)}
         absent = [other for other in said if said[other] == 0]
         if not absent:  # a process that came may have ended before the last one came: all say once more that they go on
-            store.set(f"ready/{me}", "")
-        waiting = [other for other in said if not store.check([f"ready/{other}"])]  # those ready may be gone already
+            store.add(f"ready/{me}", 1)
+        waiting = [other for other in said if not store.add(f"ready/{other}", 0)]  # those ready may be gone already
         if not waiting:
             return
         heard |= {other: (said[other], now) for other in said if said[other] != heard.get(other, (0, now))[0]}
