@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import parallel
 import pytest
@@ -46,45 +45,48 @@ def test_the_end_of_another_process_is_told(monkeypatch, error):
         raise RuntimeError("of this one")
 
 
-def met(wait: Callable[[], None]) -> threading.Thread:
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
+@pytest.fixture
+def others():
+    """Threads in the place of other processes."""
+    with ThreadPoolExecutor() as pool:
+        yield pool
 
 
-def test_processes_that_start_apart_meet():
+def test_processes_that_start_apart_meet(others):
     store = HashStore()
-    first = met(lambda: meet(store, 0, 3, limit=60, silence=60))
+    first = others.submit(meet, store, 0, 3, limit=60, silence=60)
     time.sleep(0.5)
-    second = met(lambda: meet(store, 2, 3, limit=60, silence=60))
+    second = others.submit(meet, store, 2, 3, limit=60, silence=60)
     time.sleep(0.5)
-    assert first.is_alive()
-    assert second.is_alive()
+    assert not first.done()
+    assert not second.done()
     meet(store, 1, 3, limit=60, silence=60)
-    first.join(30)
-    second.join(30)
-    assert not first.is_alive()
-    assert not second.is_alive()
+    first.result(30)
+    second.result(30)
 
 
-def test_a_process_that_does_not_come_is_named(capsys):
+def test_a_process_that_does_not_come_is_named(others, capsys):
     store = HashStore()
-    met(lambda: meet(store, 2, 4, limit=60, silence=60))
+    there = others.submit(meet, store, 2, 4, limit=3, silence=60)
     with pytest.raises(RuntimeError, match=r"^Processes 0, 3 of 4 did not come within 1 seconds: all need .* RANK"):
         meet(store, 1, 4, limit=1, silence=0.5)
     assert capsys.readouterr().err == "Still to come, of 4: processes 0, 3.\n"
+    with pytest.raises(RuntimeError, match=r"^Processes 0, 3 of 4 did not come within 3 seconds"):
+        there.result(30)
 
 
 @pytest.mark.parametrize("last", ["comes", "does not come"])
-def test_a_process_that_ends_while_the_others_come_is_named(last):
+def test_a_process_that_ends_while_the_others_come_is_named(last, others):
     store = HashStore()
     store.add("alive/1", 7)  # says no more
-    if last == "comes":
-        met(lambda: meet(store, 2, 3, limit=60, silence=60))
+    there = others.submit(meet, store, 2, 3, limit=60, silence=2) if last == "comes" else None
     begun = time.monotonic()
     with pytest.raises(RuntimeError, match=r"^Process 1 ended before all had come"):
         meet(store, 0, 3, limit=60, silence=1)
     assert time.monotonic() - begun < 30
+    if there:
+        with pytest.raises(RuntimeError, match=r"1 ended before all had come"):
+            there.result(30)
 
 
 def test_process_0_is_waited_for(capsys):
