@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -51,8 +52,28 @@ def wait_for(folder: Path, pattern: str, processes: list[subprocess.Popen[str]])
     deadline = time.monotonic() + 600  # where other work runs too
     while not any(folder.glob(pattern)):
         assert time.monotonic() < deadline, f"{folder / pattern} did not come"
-        assert all(process.poll() is None for process in processes), [p.communicate()[1] for p in processes]
+        assert_all_run(processes)
         time.sleep(0.05)
+
+
+def assert_all_run(processes: list[subprocess.Popen[str]]) -> None:
+    assert all(process.poll() is None for process in processes), [p.communicate()[1] for p in processes]
+
+
+def said_when_killed(processes: list[subprocess.Popen[str]], killed: int, wait: Callable[[], None]) -> str:
+    """Kill one of two processes after a wait; return the message with which the other one ends within a minute."""
+    other = processes[1 - killed]
+    try:
+        wait()
+        processes[killed].send_signal(signal.SIGKILL)
+        _, message = other.communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert other.returncode == 1
+    assert "Traceback" not in message
+    return message
 
 
 @pytest.fixture
@@ -70,36 +91,22 @@ def test_a_process_whose_other_one_is_killed_says_so(
     tmp_path: Path, words: list[str], pattern: str, settings: tuple[object, ...], killed: int
 ) -> None:
     processes = alone([*words, *map(str, settings)])
-    try:
-        wait_for(tmp_path / "out", pattern, processes)
-        processes[killed].send_signal(signal.SIGKILL)
-        _, message = processes[1 - killed].communicate(timeout=60)
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert processes[1 - killed].returncode == 1
-    assert "Traceback" not in message
+    message = said_when_killed(processes, killed, lambda: wait_for(tmp_path / "out", pattern, processes))
     assert "Another process ended" in message, message[-2000:]
 
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_so_does_one_that_waits_for_a_third(words: list[str], killed: int) -> None:
     processes = alone(words, port=(port := free_port()), world_size=3)
-    try:
+
+    def both_came() -> None:
         find("127.0.0.1", port, limit=300, silence=300)
         store = TCPStore("127.0.0.1", port, timeout=timedelta(seconds=300))
         while not all(store.add(f"0/alive/{rank}", 0) for rank in range(2)):
-            assert all(process.poll() is None for process in processes), [p.communicate()[1] for p in processes]
+            assert_all_run(processes)
             time.sleep(0.05)
-        processes[killed].send_signal(signal.SIGKILL)
-        _, message = processes[1 - killed].communicate(timeout=60)
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert processes[1 - killed].returncode == 1
-    assert "Traceback" not in message
+
+    message = said_when_killed(processes, killed, both_came)
     assert ("Process 1 ended before" if killed else "Another process ended") in message, message[-2000:]
 
 
