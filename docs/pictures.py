@@ -65,6 +65,7 @@ def learn() -> torch.nn.Sequential:
             optimizer.step()
             schedule.step()
             teacher.update(student)
+    kept.parent.mkdir(exist_ok=True)
     torch.save({"stamp": stamp, "model": student.state_dict()}, kept)
     return student.eval()
 
