@@ -6,7 +6,7 @@ import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from config import Scales
 from data import BadFileError
+from depthwise import FastDepthwise
 from networks import normalisation
 from numpy.typing import NDArray
 from parallel import rank, share
@@ -108,10 +109,14 @@ def to_input(run: Run, images: Sequence[NDArray[np.uint8]]) -> tuple[Tensor, Ten
     return levels, (levels / 255 - mean) / std
 
 
-def autocast(run: Run) -> AbstractContextManager[object]:
-    """Return the context of the run's precision."""
+@contextmanager
+def autocast(run: Run) -> Iterator[None]:
+    """Run what is inside in the run's precision; on a CPU with faster depthwise convolutions."""
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[run.config.precision]
-    return torch.autocast(run.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    rounded = torch.autocast(run.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    eager_cpu = run.device.type == "cpu" and not run.config.compile
+    with rounded, FastDepthwise() if eager_cpu else nullcontext():
+        yield
 
 
 def cam_stems(run: Run) -> list[str]:

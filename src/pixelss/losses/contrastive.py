@@ -117,9 +117,9 @@ class _LogProbability(torch.autograd.Function):
         log_softmax, log_p, scale, label = ctx.saved_tensors
         slope = grads[0][:, None]
         # The slopes of z sum to zero over the classes, so that log_softmax may stand for z.
-        mean = log_softmax.exp().mul_(log_softmax).sum(1, keepdim=True)
+        mean = log_softmax.softmax(1).mul_(log_softmax).sum(1, keepdim=True)
         by_square = (slope * (log_p - mean) * scale.square() / -2).squeeze(1)
-        by_z = log_softmax.exp().mul_(-slope).scatter_add_(1, label, slope)
+        by_z = log_softmax.softmax(1).mul_(-slope).scatter_add_(1, label, slope)
         return resize_back(by_z.mul_(scale), ctx.size), by_square, None, None
 
 

@@ -1,0 +1,60 @@
+"""Depthwise convolutions under FastDepthwise: torch's values and gradients, whatever the setting; bf16 where asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from depthwise import FastDepthwise
+from torch import nn
+
+SETTINGS = [
+    {"kernel_size": 5, "padding": 4, "dilation": 2},  # the one with a gradient of its own
+    {"kernel_size": (3, 5), "padding": (3, 2), "dilation": (3, 1)},
+    {"kernel_size": 5, "padding": 2},
+    {"kernel_size": 5, "padding": 3, "dilation": 2},
+    {"kernel_size": 4, "padding": 3, "dilation": 2},
+    {"kernel_size": 3, "padding": 2, "dilation": 2, "stride": 2},
+    {"kernel_size": 3, "padding": "same", "dilation": 2},
+    {"kernel_size": 3, "padding": 2, "dilation": 2, "bias": True},
+    {"kernel_size": 3, "padding": 2, "dilation": 2, "padding_mode": "reflect"},
+]
+
+
+def results(conv: nn.Conv2d, image: torch.Tensor) -> list[torch.Tensor]:
+    out = conv(image)
+    return [out, *torch.autograd.grad((out.float() ** 2).sum(), (image, *conv.parameters()))]
+
+
+@pytest.mark.parametrize("channels", [6, 1])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_values_and_gradients_are_torchs(setting: dict[str, object], channels: int) -> None:
+    conv = nn.Conv2d(channels, channels, groups=channels, **{"bias": False, **setting}).double()
+    image = torch.rand(2, channels, 9, 11, dtype=torch.float64, requires_grad=True)
+    expected = results(conv, image)
+    with FastDepthwise():
+        torch.testing.assert_close(results(conv, image), expected)
+
+
+def test_frozen_weights_and_inputs_without_gradient() -> None:
+    conv = nn.Conv2d(3, 3, 3, padding=2, dilation=2, groups=3, bias=False)
+    image = torch.rand(1, 3, 8, 8, requires_grad=True)
+    expected = results(conv, image)
+    with FastDepthwise():
+        weight = torch.autograd.grad((conv(image.detach()) ** 2).sum(), conv.weight)[0]
+        conv.requires_grad_(False)
+        found = torch.autograd.grad((conv(image) ** 2).sum(), image)[0]
+        with torch.inference_mode():
+            out = conv(image)
+    torch.testing.assert_close([out, found, weight], expected)
+
+
+def test_under_autocast_the_product_alone_is_float32() -> None:
+    conv = nn.Conv2d(3, 3, 5, padding=4, dilation=2, groups=3, bias=False)
+    point = nn.Conv2d(3, 3, 1)
+    image = torch.rand(2, 3, 9, 9).bfloat16().requires_grad_()
+    exact = results(conv, image.detach().float().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16), FastDepthwise():
+        out = conv(image)
+        assert point(image).dtype == torch.bfloat16
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, exact[0].bfloat16())  # rounded once, at the end
