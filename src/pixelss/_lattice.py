@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
-from itertools import combinations
+from itertools import combinations, zip_longest
 from math import prod
 from typing import Any
 
@@ -58,28 +59,34 @@ class PermutohedralLattice:
             )
         with torch.no_grad():
             corner, rank, weights = _enclosing_simplex(features)
-            strides, shifts = _strides(corner[:d])
             # A corner of remainder 0 and the ranks name a simplex; many points share one. U simplices, M cells.
-            order, simplex, sizes, _ = _group(_keys(corner[:d] + rank[:d], strides))
-            one = order[sizes.cumsum(0) - sizes]  # a point of each
-            keys = _corner_keys(corner.index_select(1, one), rank.index_select(1, one), strides)  # (d + 1, U)
+            order, simplex, sizes, _ = _group(_simplex_keys(corner[:d], rank[:d]))
+            one = order.index_select(0, sizes.cumsum(0) - sizes)  # a point of each
+            *strides, count = _strides(corner[:d])
+            shifts = [(d + 1) * stride - sum(strides) for stride in [*strides, 0]]  # of keys, along d + 1 axes
+            keys = _corner_keys(corner.index_select(1, one), rank.index_select(1, one), strides, count)  # (d + 1, U)
             pairs, cell, shared, cells = _group(keys.flatten())  # pairs of a remainder and a simplex, by cell
         entry, ends = _by_cell(sizes, pairs, P)
-        self.splat_points = order.repeat(d + 1).index_select(0, entry)  # ((d + 1) P,)
+        index = entry.dtype
+        self.splat_points = order.to(index).repeat(d + 1).index_select(0, entry)  # ((d + 1) P,)
         self.splat_weights = weights.index_select(1, order).flatten().index_select(0, entry)
         ends = torch.cat([ends.new_zeros(1), ends[shared.cumsum(0) - 1], ends[-1:]])  # one more cell, empty: row M is 0
         self.part_offsets, self.splat_offsets = _parts(ends)
-        corner_cells = torch.empty_like(cell).index_put_((pairs,), cell).view_as(keys).mT.contiguous()
-        self.slice_cells = corner_cells.index_select(0, torch.empty_like(order).index_put_((order,), simplex))
-        self.slice_weights = weights.mT.contiguous() / (1 + 2.0**-d)  # (P, d + 1)
-        self.blur_cells = torch.stack([_neighbours(cells, shift) for shift in shifts])  # (d + 1, M + 1, 3)
-        self.blur_weights = weights.new_tensor([1.0, 0.5, 0.5]).repeat(len(cells) + 1, 1)
+        corner_cells = torch.empty_like(cell).index_copy_(0, pairs, cell).to(index).view_as(keys).mT.contiguous()
+        self.slice_cells = corner_cells.index_select(0, torch.empty_like(order).index_copy_(0, order, simplex))
+        self.slice_weights = weights.mT.contiguous().div_(1 + 2.0**-d)  # (P, d + 1)
+        self.blur_cells = [_neighbours(cells, shift).to(index) for shift in shifts]  # d + 1 of (M + 1, 3)
 
     def filter(self, values: Tensor) -> Tensor:
         """Return the filtered values, (P, C) -> (P, C), differentiable, in float32 for half precision."""
         hint = "One row a point of the features."
         check_tensor("values", values, "PC", like=self.slice_weights, hint=hint, P=len(self.slice_cells))
         filtered: Tensor = _Filter.apply(promote(values), self, False)
+        return filtered
+
+    def transposed(self, values: Tensor) -> Tensor:
+        """Return what the transpose of `filter` makes of the values."""
+        filtered: Tensor = _Filter.apply(values, self, True)
         return filtered
 
     def scaled(self, scale: Tensor) -> PermutohedralLattice:
@@ -90,29 +97,65 @@ class PermutohedralLattice:
         return lattice
 
 
+def joined(lattices: Sequence[PermutohedralLattice]) -> PermutohedralLattice:
+    """Return the lattice whose filter is the sum of theirs, at one set of points, and takes less time."""
+    lattices = sorted(lattices, key=lambda lattice: len(lattice.blur_cells), reverse=True)
+    lattice = copy(lattices[0])
+    if len(lattices) == 1:
+        return lattice
+    sizes = [len(one.part_offsets) - 1 for one in lattices]  # cells, each with its empty one
+    before = [sum(sizes[:i]) for i in range(len(sizes))]
+    lattice.splat_points = torch.cat([one.splat_points for one in lattices])
+    lattice.splat_weights = torch.cat([one.splat_weights for one in lattices])
+    lattice.part_offsets = _chain([one.part_offsets for one in lattices])
+    lattice.splat_offsets = _chain([one.splat_offsets for one in lattices])
+    lattice.slice_cells = torch.cat([one.slice_cells + n for one, n in zip(lattices, before, strict=True)], dim=1)
+    lattice.slice_weights = torch.cat([one.slice_weights for one in lattices], dim=1)
+    # Those of most axes are first, so that the other axes blur the first rows of the table alone.
+    axes = zip_longest(*(one.blur_cells for one in lattices))
+    lattice.blur_cells = [
+        torch.cat([cells + n for cells, n in zip(axis, before, strict=True) if cells is not None]) for axis in axes
+    ]
+    return lattice
+
+
 class _Filter(torch.autograd.Function):
     """The filter is slice @ blur @ splat; its transpose is the same with the axes' order reversed."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, lattice: PermutohedralLattice, reverse: bool) -> Tensor:
         ctx.lattice, ctx.reverse = lattice, reverse
-        splat, blur, cut = (
-            w.to(values.dtype) for w in (lattice.splat_weights, lattice.blur_weights, lattice.slice_weights)
-        )
-        points, offsets = lattice.splat_points, lattice.splat_offsets
-        parts = embedding_bag(
-            points, values.contiguous(), offsets, mode="sum", per_sample_weights=splat, include_last_offset=True
-        )
-        rows = torch.arange(len(parts), device=parts.device)
-        table = embedding_bag(rows, parts, lattice.part_offsets, mode="sum", include_last_offset=True)  # (M + 1, C)
-        for cells in lattice.blur_cells.flip(0) if reverse else lattice.blur_cells:
-            table = embedding_bag(cells, table, mode="sum", per_sample_weights=blur)
-        return embedding_bag(lattice.slice_cells, table, mode="sum", per_sample_weights=cut)
+        return read(lattice, blurred(lattice, values, reverse))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         grad: Tensor = _Filter.apply(grads[0], ctx.lattice, not ctx.reverse)
         return grad, None, None
+
+
+def blurred(lattice: PermutohedralLattice, values: Tensor, reverse: bool = False) -> Tensor:
+    """Return the table of the lattice's M cells, and of an empty one, of the values (P, C), (M + 1, C)."""
+    parts = embedding_bag(
+        lattice.splat_points,
+        values.contiguous(),
+        lattice.splat_offsets,
+        mode="sum",
+        per_sample_weights=lattice.splat_weights.to(values.dtype),
+        include_last_offset=True,
+    )
+    rows = torch.arange(len(parts), dtype=lattice.part_offsets.dtype, device=parts.device)
+    table = embedding_bag(rows, parts, lattice.part_offsets, mode="sum", include_last_offset=True)
+    weights = values.new_tensor([1.0, 0.5, 0.5]).repeat(len(table), 1)
+    for cells in reversed(lattice.blur_cells) if reverse else lattice.blur_cells:
+        n = len(cells)
+        table[:n] = embedding_bag(cells, table[:n], mode="sum", per_sample_weights=weights[:n])
+    return table
+
+
+def read(lattice: PermutohedralLattice, table: Tensor) -> Tensor:
+    """Return what the points read from the table, (P, C)."""
+    weights = lattice.slice_weights.to(table.dtype)
+    return embedding_bag(lattice.slice_cells, table, mode="sum", per_sample_weights=weights)
 
 
 def _enclosing_simplex(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,9 +184,7 @@ def _nearest_corner(point: Tensor) -> tuple[Tensor, Tensor]:
     d = len(point) - 1
     corner, rest = torch.empty_like(point), torch.empty_like(point)
     for j, coordinate in enumerate(point):  # one by one: what is at work fits a cache
-        scaled = coordinate / (d + 1)
-        down, up = scaled.floor() * (d + 1), scaled.ceil() * (d + 1)
-        torch.where(up - coordinate < coordinate - down, up, down, out=corner[j])
+        torch.mul((coordinate / (d + 1)).sub_(0.5).ceil_(), d + 1, out=corner[j])  # halves go down
         torch.sub(coordinate, corner[j], out=rest[j])
     off_plane = (corner.sum(0) / (d + 1)).round().to(torch.int8)  # by so many steps rounding left it
     rank = off_plane + torch.arange(d + 1, dtype=torch.int8, device=point.device)[:, None]
@@ -164,38 +205,55 @@ def _barycentric_weights(point: Tensor, corner: Tensor, rank: Tensor) -> Tensor:
     return weights
 
 
-def _strides(corner: Tensor) -> tuple[list[int], list[int]]:
-    """Return what each of d coordinates counts in a cell's key, and what a step along each of d + 1 axes adds to it."""
+def _simplex_keys(corner: Tensor, rank: Tensor) -> Tensor:
+    """Return a number for each simplex of P points, of its corner of remainder 0 and its ranks without the last."""
+    place = corner + rank
+    spans = (place.amax(1) - place.amin(1) + 1).long().tolist()
+    return _keys(place, [prod(spans[:k]) for k in range(len(spans))], prod(spans))
+
+
+def _strides(corner: Tensor) -> list[int]:
+    """Return what each of d coordinates counts in a cell's key, and last how many keys there can be.
+
+    All coordinates of a cell leave the remainder r when divided by d + 1, x = (d + 1) a + r. The key is the sum of
+    stride * x, (d + 1) * (sum of stride * a) + r * (sum of strides): as the strides sum to 1 more than a multiple of
+    d + 1 it tells r, and as they are products of as many a as there are, all of them.
+    """
     d = len(corner)
-    margin = 2 * (d + 1)  # room for the other corners and their neighbours: no two cells share a key
-    lowest, highest = corner.amin(1) - margin, corner.amax(1) + margin
-    spans = (highest - lowest + 1).long().tolist()
-    if prod(spans) >= 2**63:
+    # With room for the other corners and their neighbours: no two cells share a key.
+    counts = ((corner.amax(1) - corner.amin(1)) / (d + 1) + 5).long().tolist()
+    counts[0] += -counts[0] % (d + 1)
+    return [prod(counts[:k]) for k in range(d)] + [(d + 1) * prod(counts)]
+
+
+def _keys(place: Tensor, strides: list[int], count: int) -> Tensor:
+    """Return the sum of stride * coordinate for the coordinates (d, P) of each of P places; it is below `count`."""
+    if count >= 2**63:
         raise ValueError(
-            f"features must span few enough cells that their keys fit 63 bits, but span {spans}: "
+            f"features must span few enough cells that their keys fit 63 bits, but need {count:.1e}: "
             "divide them by larger scales (sxy, srgb)."
         )
-    strides = [prod(spans[:k]) for k in range(d)]
-    return strides, [(d + 1) * s - sum(strides) for s in [*strides, 0]]
-
-
-def _keys(corner: Tensor, strides: list[int]) -> Tensor:
-    """Return an int64 for the coordinates (d, P) of each of P cells."""
-    key = torch.zeros(corner.shape[1], dtype=torch.long, device=corner.device)
-    for coordinate, stride in zip(corner, strides, strict=True):
-        key += (coordinate - coordinate.min()).long() * stride
+    key = torch.zeros(place.shape[1], dtype=_narrow(count), device=place.device)
+    for coordinate, stride in zip(place, strides, strict=True):
+        key += (coordinate - coordinate.min()).to(key.dtype) * stride
     return key
 
 
-def _corner_keys(corner: Tensor, rank: Tensor, strides: list[int]) -> Tensor:
-    """Return an int64 for each corner, by remainder, of each simplex, (d + 1, U)."""
+def _narrow(count: int) -> torch.dtype:
+    """Return the integers, half as long where they can be, for numbers below `count`."""
+    return torch.int32 if count < 2**31 else torch.long
+
+
+def _corner_keys(corner: Tensor, rank: Tensor, strides: list[int], count: int) -> Tensor:
+    """Return the key of each corner, by remainder, of each simplex, (d + 1, U)."""
     d = len(strides)
+    first = _keys(corner[:d], strides, count)
     # From remainder r to r + 1 all coordinates grow by 1, and that of rank d - r falls by d + 1.
-    steps = sum(strides) - (d + 1) * torch.tensor([*strides, 0], device=corner.device)[:, None].expand(rank.shape)
-    keys = torch.empty(rank.shape, dtype=torch.long, device=corner.device)
-    keys.scatter_(0, torch.where(rank > 0, d + 1 - rank, 0).long(), steps)
-    keys[0] = _keys(corner[:d], strides)
-    return keys.cumsum(0)
+    steps = first.new_tensor([sum(strides) - (d + 1) * stride for stride in [*strides, 0]])
+    keys = torch.empty(rank.shape, dtype=first.dtype, device=first.device)
+    keys.scatter_(0, torch.where(rank > 0, d + 1 - rank, 0).long(), steps[:, None].expand(rank.shape))
+    keys[0] = first
+    return torch.cumsum(keys, 0, out=keys)
 
 
 def _group(keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -216,14 +274,16 @@ def _by_cell(sizes: Tensor, pairs: Tensor, points: int) -> tuple[Tensor, Tensor]
     Returns:
         The entries, and where the run of each pair ends among them.
     """
+    total = points * (len(pairs) // len(sizes))
+    pairs, sizes = (x.to(_narrow(max(total, len(pairs)))) for x in (pairs, sizes))
     remainder = pairs.div(len(sizes), rounding_mode="floor")
     simplex = pairs - remainder * len(sizes)
-    counts = sizes[simplex]
-    ends = counts.cumsum(0)
-    begins = (sizes.cumsum(0) - sizes)[simplex] + remainder * points
-    steps = torch.ones(points * (len(pairs) // len(sizes)), dtype=torch.long, device=sizes.device)
-    steps[ends - counts] = begins - torch.cat([begins.new_zeros(1), (begins + counts - 1)[:-1]])
-    return torch.cumsum(steps, 0, out=steps), ends
+    counts = sizes.index_select(0, simplex)
+    ends = counts.cumsum(0, dtype=counts.dtype)
+    begins = (sizes.cumsum(0, dtype=sizes.dtype) - sizes).index_select(0, simplex) + remainder * points
+    steps = torch.ones(total, dtype=counts.dtype, device=sizes.device)
+    jumps = begins - torch.cat([begins.new_zeros(1), (begins + counts - 1)[:-1]])
+    return torch.cumsum(steps.index_copy_(0, (ends - counts).long(), jumps), 0, out=steps), ends
 
 
 def _parts(ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,10 +295,18 @@ def _parts(ends: Tensor) -> tuple[Tensor, Tensor]:
         ends: where the points of a cell begin, and where those of the last end.
     """
     parts = (ends.diff() + _PART - 1) // _PART
-    offsets = torch.cat([parts.new_zeros(1), parts.cumsum(0)])
+    offsets = torch.cat([parts.new_zeros(1), parts.cumsum(0, dtype=parts.dtype)])
     cell = torch.repeat_interleave(parts)
-    before = torch.arange(len(cell), device=ends.device) - offsets[cell]
-    return offsets, torch.cat([ends[cell] + _PART * before, ends[-1:]])
+    before = torch.arange(len(cell), dtype=ends.dtype, device=ends.device) - offsets.index_select(0, cell)
+    return offsets, torch.cat([ends.index_select(0, cell) + _PART * before, ends[-1:]])
+
+
+def _chain(offsets: list[Tensor]) -> Tensor:
+    """Return one list of offsets, each with its end, of several whose bags come one after the other."""
+    ends = torch.stack([one[-1] for one in offsets])
+    ends = ends.cumsum(0, dtype=ends.dtype)
+    starts = [one[:-1] + end - one[-1] for one, end in zip(offsets, ends, strict=True)]
+    return torch.cat([*starts, ends[-1:]])
 
 
 def _neighbours(cells: Tensor, shift: int) -> Tensor:

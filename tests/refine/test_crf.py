@@ -142,6 +142,28 @@ def test_a_factor_common_to_the_classes_does_not_matter(batch, kernels, factor):
     torch.testing.assert_close(dense_crf(images, factors * probs, **kernels), dense_crf(images, probs, **kernels))
 
 
+def test_messages_whose_exponentials_overflow():
+    images, probs = make(dtype=torch.float32)
+    settings = {"iterations": 3, "gaussian": (3.0, 100.0), "bilateral": (80.0, 200.0, 400.0)}
+    q = dense_crf(images, probs, **settings)
+    torch.testing.assert_close(q, dense_crf(images, probs.double(), **settings).float())
+    torch.testing.assert_close(q.sum(1), torch.ones_like(q[:, 0]))
+
+
+def test_what_is_kept_from_one_call_serves_the_next():
+    images, probs = make(H=4, W=7, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = dense_crf(images, probs)
+    leaf = probs.clone().requires_grad_()
+    q = dense_crf(images, leaf)
+    q.square().sum().backward()
+    assert torch.equal(q, expected)
+    assert leaf.grad.any()
+    turned = dense_crf(images.mT, probs.mT).mT  # as many pixels
+    torch.testing.assert_close(turned, expected, rtol=0, atol=0.01)  # the lattice's axes are not the image's
+    assert dense_crf(images, probs.double()).dtype == torch.float64
+
+
 @given(batch=inputs, kernels=any_kernels)
 def test_no_iteration_or_no_kernel_gives_the_normalised_probs(batch, kernels):
     torch.testing.assert_close(dense_crf(*batch, iterations=0, **kernels), normalised(batch[1]))
@@ -188,9 +210,11 @@ def test_equal_images_share_one_lattice(monkeypatch):
     expected = torch.cat([dense_crf(images[:1], p[None]) for p in probs])
     monkeypatch.setattr("pixelss.refine.crf.PermutohedralLattice", Counted)
     torch.testing.assert_close(dense_crf(images[:1].expand(3, -1, -1, -1), probs), expected)
-    assert built == [(30, 2), (30, 5)]
+    assert built == [(30, 5)]  # that of the positions is kept from the calls before
     dense_crf(images, probs)
-    assert built[2:] == [(30, 2), (30, 5), (30, 5), (30, 5)]
+    assert built[1:] == [(30, 5)] * 3
+    dense_crf(images, probs, gaussian=(2.0, 3.0))
+    assert built[4:] == [(30, 2), *[(30, 5)] * 3]
 
 
 @kernels

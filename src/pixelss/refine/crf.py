@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pixelss._checks import check_images, check_integer, check_nonnegative, check_positive, check_tensor, outside_unit
 from pixelss._dtype import promote
-from pixelss._lattice import PermutohedralLattice
+from pixelss._lattice import PermutohedralLattice, blurred, joined, read
 
 _CLIP = 1e-5
+_SMALL = 60.0  # of logits, whose exponentials add up to what float32 holds
+_KEPT_PIXELS = 1 << 19  # of the largest image whose lattice of positions is kept: 27 MiB
 
 
 def dense_crf(
@@ -31,6 +34,7 @@ def dense_crf(
     lattice, D its response to ones. The numbers are those of the C++ code (Potts compatibility, symmetric
     normalisation). Half-precision probabilities are computed and returned in float32. The gradient reaches `probs`.
 
+    The lattices of the last four sizes' positions are kept, up to 27 MiB each; they hold no image.
     Consecutive equal images share one lattice and are filtered together: for several label sets of one image, pass
     `image.expand(S, -1, -1, -1)`.
 
@@ -62,23 +66,21 @@ def dense_crf(
     check_tensor("probs", probs, "BKHW", like=images, hint=hint, B=B, H=H, W=W)
     _check_settings(iterations, gaussian, bilateral)
     probs = promote(probs)
-    if outside_unit(probs).any():
+    if probs.numel() and outside_unit(torch.stack(probs.detach().aminmax())).any():  # either keeps a NaN
         span = f"{probs.min().item():.4g} to {probs.max().item():.4g}"
         raise ValueError(f"probs must lie in [0, 1], but ranges from {span}. Logits? Take their softmax(dim=1).")
 
-    log_p = probs.clamp(_CLIP, 1).log().flatten(2)  # (B, K, HW)
-    columns_and_rows = torch.meshgrid(_pixels(W, probs), _pixels(H, probs), indexing="xy")
-    position = torch.stack(columns_and_rows, dim=-1).view(-1, 2)  # (HW, 2): x, y
-    smoothness = [_kernel(position / gaussian[0], gaussian[1])] if gaussian else []
+    p = probs.clamp(_CLIP, 1).flatten(2)  # (B, K, HW)
+    smoothness = [_smoothness(H, W, gaussian, probs.dtype, probs.device)] if gaussian else []
     first = [b for b in range(B) if b == 0 or not torch.equal(images[b], images[b - 1])]
     results = []
     for start, stop in pairwise([*first, B]):
         kernels = smoothness
         if bilateral:
             levels = images[start].flatten(1).mT.to(probs.dtype)  # (HW, 3)
-            features = torch.cat([position / bilateral[0], levels / bilateral[1]], dim=1)  # (HW, 5)
+            features = torch.cat([_positions(H, W, probs) / bilateral[0], levels / bilateral[1]], dim=1)  # (HW, 5)
             kernels = [*smoothness, _kernel(features, bilateral[2])]
-        results.append(_mean_field(log_p[start:stop], kernels, iterations))
+        results.append(_mean_field(p[start:stop], kernels, iterations))
     return torch.cat(results).view_as(probs) if results else probs
 
 
@@ -120,6 +122,22 @@ class DenseCRF(nn.Module):
         return f"iterations={self.iterations}, gaussian={self.gaussian}, bilateral={self.bilateral}"
 
 
+def _smoothness(
+    H: int, W: int, gaussian: tuple[float, float], dtype: torch.dtype, device: torch.device
+) -> PermutohedralLattice:
+    """Return the kernel of the positions alone, kept for the images of the last sizes unless they are large."""
+    build = _kept_smoothness if H * W <= _KEPT_PIXELS else _kept_smoothness.__wrapped__
+    return build(H, W, tuple(gaussian), dtype, device)
+
+
+@lru_cache(maxsize=4)
+def _kept_smoothness(
+    H: int, W: int, gaussian: tuple[float, float], dtype: torch.dtype, device: torch.device
+) -> PermutohedralLattice:
+    sxy, compat = gaussian
+    return _kernel(_positions(H, W, torch.empty(0, dtype=dtype, device=device)) / sxy, compat)
+
+
 def _kernel(features: Tensor, compat: float) -> PermutohedralLattice:
     """Return compat * D^-1/2 G D^-1/2, whose factors are the lattice's own weights: no product a step is theirs."""
     lattice = PermutohedralLattice(features)
@@ -127,25 +145,49 @@ def _kernel(features: Tensor, compat: float) -> PermutohedralLattice:
     return lattice.scaled((compat / (response[:, 0] + 1e-20)).sqrt())
 
 
-def _mean_field(log_p: Tensor, kernels: list[PermutohedralLattice], iterations: int) -> Tensor:
-    """Return Q (S, K, P) of S label sets, which the filters take as one, after `iterations` steps."""
-    q = log_p.softmax(1)  # over a long last axis: a short one takes ten times as long
-    for _ in range(iterations if kernels else 0):
-        q = _messages(q, kernels).add_(log_p).softmax(1)
-    return q
+def _mean_field(p: Tensor, kernels: list[PermutohedralLattice], iterations: int) -> Tensor:
+    """Return Q (S, K, P) of S label sets p, which the filters take as one, after `iterations` steps."""
+    q = p / p.sum(1, keepdim=True)
+    if not (kernels and iterations):
+        return q
+    lattice = joined(kernels)
+    q, log_p = (x.permute(2, 0, 1).contiguous() for x in (q, p.log()))  # (P, S, K)
+    for _ in range(iterations):
+        q = _Step.apply(q, log_p, lattice)
+    return q.flatten(1).mT.contiguous().view_as(p)  # of two axes: of three it takes three times as long
 
 
-def _messages(q: Tensor, kernels: list[PermutohedralLattice]) -> Tensor:
-    """Return the sum of what the kernels make of Q (S, K, P)."""
-    rows = q.flatten(0, 1).mT.contiguous()  # (P, S K)
-    message = kernels[0].filter(rows)
-    for lattice in kernels[1:]:
-        message = message + lattice.filter(rows)
-    return message.mT.contiguous().view_as(q)
+class _Step(torch.autograd.Function):
+    """One step of mean field, Q (P, S, K) -> softmax(log p + what the kernels make of Q)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, log_p: Tensor, lattice: PermutohedralLattice) -> Tensor:
+        message = read(lattice, blurred(lattice, q.flatten(1))).view_as(q)
+        q = _softmax_(message.add_(log_p))
+        ctx.lattice = lattice
+        ctx.save_for_backward(q)
+        return q
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (q,), (grad,) = ctx.saved_tensors, grads
+        of_log_p = q * (grad - (grad * q).sum(-1, keepdim=True))
+        return ctx.lattice.transposed(of_log_p.flatten(1)).view_as(q), of_log_p, None
 
 
-def _pixels(size: int, like: Tensor) -> Tensor:
-    return torch.arange(size, dtype=like.dtype, device=like.device)
+def _softmax_(logits: Tensor) -> Tensor:
+    """Return the softmax over the last axis; on a CPU torch's takes three times as long where that is short."""
+    if logits.device.type != "cpu" or not logits.max() < _SMALL:
+        return logits.softmax(-1)
+    # The largest of a pixel need not be subtracted: none is below log(_CLIP), for messages are no less than 0.
+    p = logits.exp_()
+    return p.div_(p @ p.new_ones(p.shape[-1], 1))
+
+
+def _positions(H: int, W: int, like: Tensor) -> Tensor:
+    """Return x and y of each pixel, (HW, 2)."""
+    x, y = (torch.arange(size, dtype=like.dtype, device=like.device) for size in (W, H))
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).view(-1, 2)
 
 
 def _check_settings(
