@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pixelss._checks import check_images, check_integer, check_nonnegative, check_positive, check_tensor, outside_unit
-from pixelss._dtype import promote
+from pixelss._dtype import full_precision, promote
 from pixelss._lattice import PermutohedralLattice, blurred, joined, read
 
 _CLIP = 1e-5
@@ -181,7 +181,8 @@ def _softmax_(logits: Tensor) -> Tensor:
         return logits.softmax(-1)
     # The largest of a pixel need not be subtracted: none is below log(_CLIP), for messages are no less than 0.
     p = logits.exp_()
-    return p.div_(p @ p.new_ones(p.shape[-1], 1))
+    with full_precision(p):
+        return p.div_(p @ p.new_ones(p.shape[-1], 1))
 
 
 def _positions(H: int, W: int, like: Tensor) -> Tensor:
