@@ -46,7 +46,7 @@ class PermutohedralLattice:
     """
 
     def __init__(self, features: Tensor) -> None:
-        P, d = check_tensor("features", features, "Pd")
+        P, _ = check_tensor("features", features, "Pd")
         if P == 0:
             raise ValueError(f"features must hold at least one point, but has shape {tuple(features.shape)}.")
         features = promote(features.detach())
@@ -57,15 +57,19 @@ class PermutohedralLattice:
                 f"features must be finite and within +-{limit:.3g}, but reach {largest:.3g}: "
                 "divide them by larger scales (sxy, srgb)."
             )
-        with torch.no_grad():
-            corner, rank, weights = _enclosing_simplex(features)
-            # A corner of remainder 0 and the ranks name a simplex; many points share one. U simplices, M cells.
-            order, simplex, sizes, _ = _group(_simplex_keys(corner[:d], rank[:d]))
-            one = order.index_select(0, sizes.cumsum(0) - sizes)  # a point of each
-            *strides, count = _strides(corner[:d])
-            shifts = [(d + 1) * stride - sum(strides) for stride in [*strides, 0]]  # of keys, along d + 1 axes
-            keys = _corner_keys(corner.index_select(1, one), rank.index_select(1, one), strides, count)  # (d + 1, U)
-            pairs, cell, shared, cells = _group(keys.flatten())  # pairs of a remainder and a simplex, by cell
+        self._build(features)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # it takes a minute, and gains nothing
+    def _build(self, features: Tensor) -> None:
+        P, d = features.shape
+        corner, rank, weights = _enclosing_simplex(features)
+        # A corner of remainder 0 and the ranks name a simplex; many points share one. U simplices, M cells.
+        order, simplex, sizes, _ = _group(_simplex_keys(corner[:d], rank[:d]))
+        one = order.index_select(0, sizes.cumsum(0) - sizes)  # a point of each
+        *strides, count = _strides(corner[:d])
+        shifts = [(d + 1) * stride - sum(strides) for stride in [*strides, 0]]  # of keys, along d + 1 axes
+        keys = _corner_keys(corner.index_select(1, one), rank.index_select(1, one), strides, count)  # (d + 1, U)
+        pairs, cell, shared, cells = _group(keys.flatten())  # pairs of a remainder and a simplex, by cell
         entry, ends = _by_cell(sizes, pairs, P)
         index = entry.dtype
         self.splat_points = order.to(index).repeat(d + 1).index_select(0, entry)  # ((d + 1) P,)
@@ -82,11 +86,6 @@ class PermutohedralLattice:
         hint = "One row a point of the features."
         check_tensor("values", values, "PC", like=self.slice_weights, hint=hint, P=len(self.slice_cells))
         filtered: Tensor = _Filter.apply(promote(values), self, False)
-        return filtered
-
-    def transposed(self, values: Tensor) -> Tensor:
-        """Return what the transpose of `filter` makes of the values."""
-        filtered: Tensor = _Filter.apply(values, self, True)
         return filtered
 
     def scaled(self, scale: Tensor) -> PermutohedralLattice:
@@ -150,6 +149,12 @@ def blurred(lattice: PermutohedralLattice, values: Tensor, reverse: bool = False
         n = len(cells)
         table[:n] = embedding_bag(cells, table[:n], mode="sum", per_sample_weights=weights[:n])
     return table
+
+
+def filter_back(lattice: PermutohedralLattice, values: Tensor) -> Tensor:
+    """Return what the transpose of the lattice's filter makes of the values (P, C)."""
+    filtered: Tensor = _Filter.apply(values, lattice, True)
+    return filtered
 
 
 def read(lattice: PermutohedralLattice, table: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pixelss._checks import check_images, check_integer, check_nonnegative, check_positive, check_tensor, outside_unit
 from pixelss._dtype import full_precision, promote
-from pixelss._lattice import PermutohedralLattice, blurred, joined, read
+from pixelss._lattice import PermutohedralLattice, blurred, filter_back, joined, read
 
 _CLIP = 1e-5
 _SMALL = 60.0  # of logits, whose exponentials add up to what float32 holds
@@ -70,18 +70,8 @@ def dense_crf(
         span = f"{probs.min().item():.4g} to {probs.max().item():.4g}"
         raise ValueError(f"probs must lie in [0, 1], but ranges from {span}. Logits? Take their softmax(dim=1).")
 
-    p = probs.clamp(_CLIP, 1).flatten(2)  # (B, K, HW)
-    smoothness = [_smoothness(H, W, gaussian, probs.dtype, probs.device)] if gaussian else []
-    first = [b for b in range(B) if b == 0 or not torch.equal(images[b], images[b - 1])]
-    results = []
-    for start, stop in pairwise([*first, B]):
-        kernels = smoothness
-        if bilateral:
-            levels = images[start].flatten(1).mT.to(probs.dtype)  # (HW, 3)
-            features = torch.cat([_positions(H, W, probs) / bilateral[0], levels / bilateral[1]], dim=1)  # (HW, 5)
-            kernels = [*smoothness, _kernel(features, bilateral[2])]
-        results.append(_mean_field(p[start:stop], kernels, iterations))
-    return torch.cat(results).view_as(probs) if results else probs
+    refined: Tensor = _infer(images, probs, iterations, gaussian, bilateral)
+    return refined
 
 
 class DenseCRF(nn.Module):
@@ -120,6 +110,30 @@ class DenseCRF(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings for the module's repr."""
         return f"iterations={self.iterations}, gaussian={self.gaussian}, bilateral={self.bilateral}"
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # it takes minutes, and gains nothing
+def _infer(
+    images: Tensor,
+    probs: Tensor,
+    iterations: int,
+    gaussian: tuple[float, float] | None,
+    bilateral: tuple[float, float, float] | None,
+) -> Tensor:
+    """Return `dense_crf` of checked arguments."""
+    B, _, H, W = probs.shape
+    p = probs.clamp(_CLIP, 1).flatten(2)  # (B, K, HW)
+    smoothness = [_smoothness(H, W, gaussian, probs.dtype, probs.device)] if gaussian else []
+    first = [b for b in range(B) if b == 0 or not torch.equal(images[b], images[b - 1])]
+    results = []
+    for start, stop in pairwise([*first, B]):
+        kernels = smoothness
+        if bilateral:
+            levels = images[start].flatten(1).mT.to(probs.dtype)  # (HW, 3)
+            features = torch.cat([_positions(H, W, probs) / bilateral[0], levels / bilateral[1]], dim=1)  # (HW, 5)
+            kernels = [*smoothness, _kernel(features, bilateral[2])]
+        results.append(_mean_field(p[start:stop], kernels, iterations))
+    return torch.cat(results).view_as(probs) if results else probs
 
 
 def _smoothness(
@@ -172,7 +186,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (q,), (grad,) = ctx.saved_tensors, grads
         of_log_p = q * (grad - (grad * q).sum(-1, keepdim=True))
-        return ctx.lattice.transposed(of_log_p.flatten(1)).view_as(q), of_log_p, None
+        return filter_back(ctx.lattice, of_log_p.flatten(1)).view_as(q), of_log_p, None
 
 
 def _softmax_(logits: Tensor) -> Tensor:
