@@ -215,11 +215,12 @@ def inference(tile: int, device: str) -> Step:
 
 GROUPS: Groups = {
     **{
-        f"dense CRF, {IMAGES} images of {H} x {W}, {K} classes, {ITERATIONS} iterations": {
-            "pydensecrf2": partial(c_crf, K, IMAGES),
-            "pixelss, 1 core": partial(torch_crf, K, IMAGES, True),
-            "pixelss": partial(torch_crf, K, IMAGES, False),
+        f"dense CRF, {count} image{'s' * (count > 1)} of {H} x {W}, {K} classes, {ITERATIONS} iterations": {
+            "pydensecrf2": partial(c_crf, K, count),
+            "pixelss, 1 core": partial(torch_crf, K, count, True),
+            "pixelss": partial(torch_crf, K, count, False),
         }
+        for count in (1, IMAGES)
         for K in (2, 5, 21)
     },
     f"dense CRF, 16 images of {H} x {W}, 21 classes": {
