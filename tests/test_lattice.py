@@ -129,7 +129,7 @@ def test_lattice_of_far_points_does_not_mix():
 
 
 def test_keys_are_as_wide_as_the_cells_need():
-    side = 2**20
+    side = 50_000  # between 2^31 and 2^32 cells
     place = torch.tensor([[0.0, side], [0.0, side]])
     assert _keys(place, [1, side + 1], (side + 1) ** 2).tolist() == [0, side + (side + 1) * side]
     assert _keys(place, [1, 2], 4 * side).dtype == torch.int32
@@ -141,6 +141,7 @@ def test_keys_are_as_wide_as_the_cells_need():
         (torch.rand(4), ValueError),
         (torch.rand(0, 2), ValueError),
         (torch.rand(4, 0), ValueError),
+        (1e4 * torch.rand(4, 60), ValueError),  # their keys exceed a float
         (torch.zeros(4, 2, dtype=torch.int64), TypeError),
         (torch.tensor([[0.0, nan]]), ValueError),
         (torch.tensor([[0.0, inf]]), ValueError),
@@ -148,7 +149,7 @@ def test_keys_are_as_wide_as_the_cells_need():
         (torch.tensor([[1e38, -1e38]]), ValueError),
         ([[0.0]], TypeError),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_lattice_refuses_features(features, error):
     with pytest.raises(error, match=r"\bfeatures\b"):

@@ -18,12 +18,16 @@ from torch.overrides import TorchFunctionMode
 
 
 class FastDepthwise(TorchFunctionMode):
-    """A context in which depthwise convolutions compute in their weights' precision, dilated ones with `_Dilated`."""
+    """A context in which depthwise convolutions compute in their weights' precision, dilated ones with `_Dilated`.
+
+    Results have their inputs' dtype. Those of `torch.nn.Conv2d` and timm are meant: groups as the seventh argument.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is not conv2d or len(args) < 7 or not 1 < args[6] == len(args[1]):
+        depthwise = func is conv2d and len(args) == 7 and args[0].ndim == 4 and args[1].shape[:2] == (args[6], 1)
+        if not depthwise or args[6] == 1:
             return func(*args, **(kwargs or {}))
         image, weight, bias, stride, padding, dilation, groups = args
         with torch.autocast("cpu", enabled=False):
@@ -36,7 +40,7 @@ class FastDepthwise(TorchFunctionMode):
 
 
 class _Dilated(torch.autograd.Function):
-    """A dilated depthwise convolution that keeps the size; its gradient is one with the turned kernels."""
+    """A dilated depthwise convolution that keeps the size; the gradient of the maps is one with the turned kernels."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, weight: Tensor, dilation: tuple[int, int]) -> Tensor:
@@ -46,13 +50,15 @@ class _Dilated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (image, weight), grad, dilation = ctx.saved_tensors, grads[0], ctx.dilation
         padding, groups = _half(weight, dilation), len(weight)
-        of_image = conv2d(grad, weight.flip(2, 3), None, 1, padding, dilation, groups)
-        if not ctx.needs_input_grad[1]:
-            return of_image, None, None
-        return of_image, conv2d_weight(image, weight.shape, grad, 1, padding, dilation, groups), None
+        of_image = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_image = conv2d(grad, weight.flip(2, 3), None, 1, padding, dilation, groups)
+        if ctx.needs_input_grad[1]:
+            of_weight = conv2d_weight(image, weight.shape, grad, 1, padding, dilation, groups)
+        return of_image, of_weight, None
 
 
 def _half(weight: Tensor, dilation: tuple[int, int]) -> tuple[int, int]:

@@ -104,16 +104,19 @@ def joined(lattices: Sequence[PermutohedralLattice]) -> PermutohedralLattice:
         return lattice
     sizes = [len(one.part_offsets) - 1 for one in lattices]  # cells, each with its empty one
     before = [sum(sizes[:i]) for i in range(len(sizes))]
-    lattice.splat_points = torch.cat([one.splat_points for one in lattices])
+    index = _narrow(sum(len(one.splat_points) for one in lattices))
+    lattice.splat_points = torch.cat([one.splat_points for one in lattices]).to(index)
     lattice.splat_weights = torch.cat([one.splat_weights for one in lattices])
-    lattice.part_offsets = _chain([one.part_offsets for one in lattices])
-    lattice.splat_offsets = _chain([one.splat_offsets for one in lattices])
-    lattice.slice_cells = torch.cat([one.slice_cells + n for one, n in zip(lattices, before, strict=True)], dim=1)
+    lattice.part_offsets = _chain([one.part_offsets for one in lattices]).to(index)
+    lattice.splat_offsets = _chain([one.splat_offsets for one in lattices]).to(index)
+    cells = [one.slice_cells + n for one, n in zip(lattices, before, strict=True)]
+    lattice.slice_cells = torch.cat(cells, dim=1).to(index)
     lattice.slice_weights = torch.cat([one.slice_weights for one in lattices], dim=1)
     # Those of most axes are first, so that the other axes blur the first rows of the table alone.
     axes = zip_longest(*(one.blur_cells for one in lattices))
     lattice.blur_cells = [
-        torch.cat([cells + n for cells, n in zip(axis, before, strict=True) if cells is not None]) for axis in axes
+        torch.cat([cells + n for cells, n in zip(axis, before, strict=True) if cells is not None]).to(index)
+        for axis in axes
     ]
     return lattice
 
@@ -144,7 +147,8 @@ def blurred(lattice: PermutohedralLattice, values: Tensor, reverse: bool = False
     )
     rows = torch.arange(len(parts), dtype=lattice.part_offsets.dtype, device=parts.device)
     table = embedding_bag(rows, parts, lattice.part_offsets, mode="sum", include_last_offset=True)
-    weights = values.new_tensor([1.0, 0.5, 0.5]).repeat(len(table), 1)
+    weights = values.new_full((len(table), 3), 0.5)
+    weights[:, 0] = 1
     for cells in reversed(lattice.blur_cells) if reverse else lattice.blur_cells:
         n = len(cells)
         table[:n] = embedding_bag(cells, table[:n], mode="sum", per_sample_weights=weights[:n])
@@ -235,7 +239,7 @@ def _keys(place: Tensor, strides: list[int], count: int) -> Tensor:
     """Return the sum of stride * coordinate for the coordinates (d, P) of each of P places; it is below `count`."""
     if count >= 2**63:
         raise ValueError(
-            f"features must span few enough cells that their keys fit 63 bits, but need {count:.1e}: "
+            f"features must span few enough cells that their keys fit 63 bits, but need {count.bit_length()}: "
             "divide them by larger scales (sxy, srgb)."
         )
     key = torch.zeros(place.shape[1], dtype=_narrow(count), device=place.device)
@@ -308,9 +312,8 @@ def _parts(ends: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chain(offsets: list[Tensor]) -> Tensor:
     """Return one list of offsets, each with its end, of several whose bags come one after the other."""
-    ends = torch.stack([one[-1] for one in offsets])
-    ends = ends.cumsum(0, dtype=ends.dtype)
-    starts = [one[:-1] + end - one[-1] for one, end in zip(offsets, ends, strict=True)]
+    ends = torch.stack([one[-1] for one in offsets]).cumsum(0)  # in 64 bits
+    starts = [one[:-1] + (end - one[-1]) for one, end in zip(offsets, ends, strict=True)]
     return torch.cat([*starts, ends[-1:]])
 
 

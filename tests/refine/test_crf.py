@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pixelss import DenseCRF, PermutohedralLattice, background_score, dense_crf
+from pixelss.refine import crf
 from tests.blocks import Block
 from tests.test_lattice import slow_lattice
 
@@ -159,9 +160,44 @@ def test_what_is_kept_from_one_call_serves_the_next():
     q.square().sum().backward()
     assert torch.equal(q, expected)
     assert leaf.grad.any()
-    turned = dense_crf(images.mT, probs.mT).mT  # as many pixels
-    torch.testing.assert_close(turned, expected, rtol=0, atol=0.01)  # the lattice's axes are not the image's
-    assert dense_crf(images, probs.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("other", "gaussian"), [("size", (3, 3)), ("dtype", (3, 3)), ("scale", (2, 3)), ("compat", (3, 2))]
+)
+def test_what_is_kept_is_of_the_same_size_dtype_and_setting(other, gaussian):
+    images, probs = make(H=4, W=7, dtype=torch.float32)
+    dense_crf(images, probs, bilateral=None)  # kept
+    if other == "size":
+        images, probs = images.mT, probs.mT  # as many pixels
+    settings = {"gaussian": gaussian, "bilateral": None}
+    probs = probs.double() if other == "dtype" else probs
+    found = dense_crf(images, probs, **settings)
+    crf._kept_smoothness.cache_clear()
+    assert torch.equal(found, dense_crf(images, probs, **settings))
+
+
+def test_probabilities_sum_to_one_at_any_precision_of_products():
+    images, probs = make(K=21, H=60, W=80, dtype=torch.float32)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        q = dense_crf(images, probs)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(q.sum(1), torch.ones_like(q[:, 0]), rtol=0, atol=1e-5)
+
+
+def test_compile_leaves_it_out():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    images, probs = make(H=4, W=7)
+    compiled = torch.compile(lambda p: dense_crf(images, p + 0), backend=count)
+    torch.testing.assert_close(compiled(probs), dense_crf(images, probs))
+    assert sum(node.op == "call_function" for graph in graphs for node in graph.graph.nodes) < 40
 
 
 @given(batch=inputs, kernels=any_kernels)

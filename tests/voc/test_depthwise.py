@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from depthwise import FastDepthwise
+from inference import autocast
 from torch import nn
 
-SETTINGS = [
-    {"kernel_size": 5, "padding": 4, "dilation": 2},  # the one with a gradient of its own
+OWN = [  # settings with a gradient of their own
+    {"kernel_size": 5, "padding": 4, "dilation": 2},
     {"kernel_size": (3, 5), "padding": (3, 2), "dilation": (3, 1)},
+]
+SETTINGS = [
+    *OWN,
     {"kernel_size": 5, "padding": 2},
     {"kernel_size": 5, "padding": 3, "dilation": 2},
     {"kernel_size": 4, "padding": 3, "dilation": 2},
@@ -25,14 +31,22 @@ def results(conv: nn.Conv2d, image: torch.Tensor) -> list[torch.Tensor]:
     return [out, *torch.autograd.grad((out.float() ** 2).sum(), (image, *conv.parameters()))]
 
 
-@pytest.mark.parametrize("channels", [6, 1])
+@pytest.mark.parametrize(
+    ("channels", "groups", "out_channels"),
+    [(6, 6, 6), (6, 6, 12), (6, 3, 3), (6, 3, 6), (1, 1, 1)],
+    ids=["depthwise", "multiplied", "two a group, one out", "two a group", "one channel"],
+)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_values_and_gradients_are_torchs(setting: dict[str, object], channels: int) -> None:
-    conv = nn.Conv2d(channels, channels, groups=channels, **{"bias": False, **setting}).double()
+def test_values_and_gradients_are_torchs(
+    setting: dict[str, object], channels: int, groups: int, out_channels: int
+) -> None:
+    conv = nn.Conv2d(channels, out_channels, groups=groups, **{"bias": False, **setting}).double()
     image = torch.rand(2, channels, 9, 11, dtype=torch.float64, requires_grad=True)
     expected = results(conv, image)
     with FastDepthwise():
         torch.testing.assert_close(results(conv, image), expected)
+        own = "_Dilated" in type(conv(image).grad_fn).__name__
+    assert own == (setting in OWN and channels == groups == out_channels > 1)
 
 
 def test_frozen_weights_and_inputs_without_gradient() -> None:
@@ -58,3 +72,24 @@ def test_under_autocast_the_product_alone_is_float32() -> None:
         assert point(image).dtype == torch.bfloat16
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, exact[0].bfloat16())  # rounded once, at the end
+    found = torch.autograd.grad((out.float() ** 2).sum(), (image, conv.weight))
+    for gradient, expected in zip(found, exact[1:], strict=True):
+        torch.testing.assert_close(gradient.float(), expected, rtol=0.03, atol=0.03)
+
+
+def test_an_image_without_a_batch() -> None:
+    conv = nn.Conv2d(3, 3, 3, padding=2, dilation=2, groups=3, bias=False)
+    image = torch.rand(3, 8, 8, requires_grad=True)
+    expected = results(conv, image)
+    with FastDepthwise():
+        torch.testing.assert_close(results(conv, image), expected)
+
+
+@pytest.mark.parametrize(("compiled", "own"), [(False, True), (True, False)])
+def test_the_pipelines_networks_run_in_it_unless_they_are_compiled(compiled: bool, own: bool) -> None:
+    run = SimpleNamespace(config=SimpleNamespace(precision="bf16", compile=compiled), device=torch.device("cpu"))
+    conv = nn.Conv2d(3, 3, 3, padding=2, dilation=2, groups=3, bias=False)
+    with autocast(run):
+        out = conv(torch.rand(1, 3, 8, 8).bfloat16())
+        assert nn.Conv2d(3, 3, 1)(torch.rand(1, 3, 8, 8)).dtype == torch.bfloat16
+    assert ("_Dilated" in type(out.grad_fn.next_functions[0][0]).__name__) == own
