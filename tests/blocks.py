@@ -48,7 +48,9 @@ class Block(NamedTuple):
     `call` takes the batch, and the module that `make` builds where it is given, in the batch's dtype and on its device.
     `oracle` takes the same and is written in loops: every loss has one, and whatever cites an equation. `but` maps
     promises to the reason of their absence; test_promises expects the block to break them. A scalar is a loss.
-    `inductor` compiles it to machine code too, which takes seconds: for what a training step compiles.
+    `inductor` compiles it to machine code too, which takes seconds: for what a training step compiles. `compiled_by`
+    names the entry of another setting whose graph has all of this one's, where compiling takes seconds: that one is
+    compiled for both.
     """
 
     call: Callable[..., Tensor]
@@ -56,6 +58,7 @@ class Block(NamedTuple):
     make: Callable[[Batch], nn.Module] | None = None
     but: Mapping[str, str] = {}
     inductor: bool = False
+    compiled_by: str = ""
 
     def on(self, batch: Batch, *, oracle: bool = False) -> Callable[[Batch], Tensor]:
         """Return the call, or its oracle, as a function of batches that are like this one in dtype and device."""

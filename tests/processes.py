@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import runpy
+import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,13 +29,20 @@ ROOT = Path(__file__).parent.parent
 OURS = [ROOT / name for name in ("benchmarks", "docs", "examples", "tests")]
 
 
-def run_script(*words: object) -> subprocess.CompletedProcess[str]:
+def free_port() -> int:
+    with socket.socket() as waiting:
+        waiting.bind(("127.0.0.1", 0))
+        return int(waiting.getsockname()[1])
+
+
+def run_script(*words: object, environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
     """Run a script with its arguments as `python SCRIPT ARGUMENTS...` does, with the same path of modules."""
     command = [str(word) for word in words]
     if START == "spawn":
-        return subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        own = {**os.environ, **environment}
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=own)
     pipes = [mp.Pipe(duplex=False) for _ in range(2)]
-    process = mp.get_context(START).Process(target=_script, args=(command, *(end for _, end in pipes)))
+    process = mp.get_context(START).Process(target=_script, args=(command, environment, *(end for _, end in pipes)))
     process.start()
     for _, end in pipes:
         end.close()
@@ -51,7 +60,8 @@ def _read(end: Connection) -> str:
         return file.read()
 
 
-def _script(words: list[str], *ends: Connection) -> None:
+def _script(words: list[str], environment: Mapping[str, str], *ends: Connection) -> None:
+    os.environ.update(environment)
     for number, end in enumerate(ends, 1):
         os.dup2(end.fileno(), number)
         end.close()

@@ -27,6 +27,7 @@ import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,26 +49,26 @@ from pixelss import viz
 
 Figures = dict[str, dict[str, list[float]]]  # row, column, one percentage a seed
 THRESHOLDS = [0.1, 0.15, 0.2, 0.25, 0.3, 0.35]
-# What every row changes in the config.
-ROWS: dict[str, dict[str, object]] = {
-    "baseline": {"cam.rcm": 0, "cam.mam": 0},
-    "SMM": {"cam.rcm": 0, "cam.attentive": False, "cam.mam_student_scales": [1.0]},
-    "MMM": {"cam.rcm": 0, "cam.attentive": False},
-    "MAM": {"cam.rcm": 0},
-    "RCM": {"cam.mam": 0},
-    "MMM+RCM": {"cam.attentive": False},
+# What every row changes in the config's section cam, each value of its setting's type.
+ROWS: dict[str, dict[str, Any]] = {
+    "baseline": {"rcm": 0.0, "mam": 0.0},
+    "SMM": {"rcm": 0.0, "attentive": False, "mam_student_scales": (1.0,)},
+    "MMM": {"rcm": 0.0, "attentive": False},
+    "MAM": {"rcm": 0.0},
+    "RCM": {"mam": 0.0},
+    "MMM+RCM": {"attentive": False},
     "MAM+RCM": {},
-    "direct": {"cam.rcm": 0, "cam.mam": 0, "cam.direct": 1},
-    "weight sharing": {"cam.mam": 0, "cam.teacher_momentum": 0},
-    "SEAM": {"cam.rcm": 0, "cam.mam": 0, "cam.er": 1, "cam.ecr": 1, "cam.minpool": 1},
-    "OC-CSE": {"cam.rcm": 0, "cam.mam": 0, "cam.erase": 0.65},  # the mean of its weights, which rise from .3 to 1
-    "CPN": {"cam.rcm": 0, "cam.mam": 0, "cam.hide": 1},
-    "Puzzle-CAM": {"cam.rcm": 0, "cam.mam": 0, "cam.puzzle": 1},
-    "PPC": {"cam.rcm": 0, "cam.mam": 0, "cam.er": 1, "cam.ecr": 1, "cam.minpool": 1, "cam.ppc": 1},
-    "ICD": {"cam.rcm": 0, "cam.mam": 0, "cam.icd": 1},
-    "Sub-category": {"cam.rcm": 0, "cam.mam": 0, "cam.subcategory": 5},
-    "like ECS-Net": {"cam.rcm": 0, "cam.mam": 0, "cam.ecs": 1},
-    **{f"RCM t={t}": {"cam.mam": 0, "cam.threshold": t} for t in THRESHOLDS},
+    "direct": {"rcm": 0.0, "mam": 0.0, "direct": 1.0},
+    "weight sharing": {"mam": 0.0, "teacher_momentum": 0.0},
+    "SEAM": {"rcm": 0.0, "mam": 0.0, "er": 1.0, "ecr": 1.0, "minpool": 1.0},
+    "OC-CSE": {"rcm": 0.0, "mam": 0.0, "erase": 0.65},  # the mean of its weights, which rise from .3 to 1
+    "CPN": {"rcm": 0.0, "mam": 0.0, "hide": 1.0},
+    "Puzzle-CAM": {"rcm": 0.0, "mam": 0.0, "puzzle": 1.0},
+    "PPC": {"rcm": 0.0, "mam": 0.0, "er": 1.0, "ecr": 1.0, "minpool": 1.0, "ppc": 1.0},
+    "ICD": {"rcm": 0.0, "mam": 0.0, "icd": 1.0},
+    "Sub-category": {"rcm": 0.0, "mam": 0.0, "subcategory": 5.0},
+    "like ECS-Net": {"rcm": 0.0, "mam": 0.0, "ecs": 1.0},
+    **{f"RCM t={t}": {"mam": 0.0, "threshold": t} for t in THRESHOLDS},
 }
 
 
@@ -109,24 +110,27 @@ TABLES = {
 }
 
 
+def changed(config: Config, row: str) -> Config:
+    """Return the config of a row."""
+    return replace(config, cam=replace(config.cam, **ROWS[row]))
+
+
+def run_start(seed: int, options: argparse.Namespace, root: Path, device: torch.device) -> None:
+    """Train, or reopen, the network that all rows of a seed continue from."""
+    on_top = f"--config={options.start}"  # of this command's settings too, which are meant for the rows
+    config = changed(load_config(options.config, [*options.settings, on_top, f"--seed={seed}"]), "baseline")
+    check(config, root, ["train_cam"])
+    execute(open_run(config, root, _folder(options.out, "start", seed), device), ["train_cam"])
+
+
 def run_row(
     row: str, seed: int, stages: Sequence[str], options: argparse.Namespace, root: Path, device: torch.device
 ) -> Run:
     """Run, or reopen, one row of a table with one seed."""
-
-    def config_of(name: str) -> Config:
-        start = [f"--cam.start_from={_folder(options.out, 'start', seed) / 'train_cam'}"] if options.start else []
-        overrides = [f"--{key}={value}" for key, value in ROWS[name].items()]
-        return load_config(options.config, [*options.settings, *start, *overrides, f"--seed={seed}"])
-
-    if options.start:
-        alone = [f"--{key}={value}" for key, value in ROWS["baseline"].items()]
-        on_top = f"--config={options.start}"  # of this command's settings too, which are meant for the rows
-        config = load_config(options.config, [*options.settings, on_top, *alone, f"--seed={seed}"])
-        check(config, root, ["train_cam"])
-        execute(open_run(config, root, _folder(options.out, "start", seed), device), ["train_cam"])
-    config = config_of(row)
-    same = next(name for name in ROWS if config_of(name) == config)  # a threshold of fig7 may be that of RCM
+    start = [f"--cam.start_from={_folder(options.out, 'start', seed) / 'train_cam'}"] if options.start else []
+    given = load_config(options.config, [*options.settings, *start, f"--seed={seed}"])
+    config = changed(given, row)
+    same = next(name for name in ROWS if changed(given, name) == config)  # a threshold of fig7 may be that of RCM
     check(config, root, stages)
     run = open_run(config, root, _folder(options.out, same, seed), device)
     if not run.finished("train_cam"):
@@ -282,6 +286,8 @@ def parse_args(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
 def make_table(name: str, options: argparse.Namespace, root: Path, device: torch.device) -> None:
     """Run a table's rows and write it, its plot and its curves."""
     _, rows, _, stages = TABLES[name]
+    for seed in options.seeds if options.start else ():
+        run_start(seed, options, root, device)
     runs = {row: [run_row(row, seed, stages, options, root, device) for seed in options.seeds] for row in rows}
     groups = field_groups(runs) if name == "field" else {}
     if rank() == 0:

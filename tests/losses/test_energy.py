@@ -49,6 +49,7 @@ BLOCKS = {
         lambda b: dense_energy_loss(**arguments(b, known=False)),
         lambda b: dense_energy_loss_by_loops(**arguments(b, known=False)),
         but=COUNTS,
+        compiled_by="dense_energy_loss",
     ),
 }
 

@@ -56,6 +56,7 @@ BLOCKS = {
     "pixel_adaptive_refinement": Block(
         lambda b: pixel_adaptive_refinement(b.images, b.probs, **SMALL),
         lambda b: refinement_by_loops(b.images, b.probs, **SMALL),
+        compiled_by="pixel_adaptive_refinement size",
     ),
     "pixel_adaptive_refinement size": Block(
         lambda b: pixel_adaptive_refinement(b.images, b.probs, size=0.5, **SMALL),

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-import socket
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,17 +40,9 @@ seg: {test_scales: [1.0], crf: {iterations: 1}, max_batch: 2, schedule: {iterati
 
 
 def command(script: str, *arguments: object, fault: tuple[object, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user does: a process of its own, which takes seconds to start; with a fault of faulty.py."""
-    if fault:
-        return run_script(Path(__file__).with_name("faulty.py"), *fault, VOC / script, *arguments)
-    words = [sys.executable, VOC / script, *arguments]
-    return subprocess.run([str(word) for word in words], capture_output=True, text=True)
-
-
-def free_port() -> int:
-    with socket.socket() as waiting:
-        waiting.bind(("127.0.0.1", 0))
-        return int(waiting.getsockname()[1])
+    """Run a command in a process of its own, with a fault of faulty.py."""
+    words = (Path(__file__).with_name("faulty.py"), *fault) if fault else ()
+    return run_script(*words, VOC / script, *arguments)
 
 
 _known: dict[tuple[object, ...], Config] = {}

@@ -12,7 +12,7 @@ from parallel import find, mean_count, meet, process_group, share, shared_mean
 from torch.distributed import DistBackendError, HashStore
 
 from tests.distributed import run_processes
-from tests.voc.runs import free_port
+from tests.processes import free_port
 
 
 def shares(rank: int) -> list[object]:

@@ -17,10 +17,11 @@ import train_seg
 import yaml
 from costs import megabytes, seconds_a_step, watched
 from PIL import Image
+from run import load_config
 from torch import Tensor
 
 import pixelss
-from tests.voc.runs import VOC, Call, config, new_run
+from tests.voc.runs import VOC, Call, config, load_once, new_run
 
 
 def test_tables(shapes: Path, tiny: Path, tmp_path: Path, call: Call) -> None:
@@ -52,6 +53,30 @@ def test_tables(shapes: Path, tiny: Path, tmp_path: Path, call: Call) -> None:
         printed[printed.index("Table 5") :]
     )
     assert [path.stat().st_mtime_ns for path in (tmp_path / "out/rows").rglob("done.json")] == dates
+
+
+def test_rows_change_settings_to_values_of_their_types() -> None:
+    """What a row makes of a config is what a config made with the row's settings is, which takes longer."""
+    merged = {name: value for changes in tables.ROWS.values() for name, value in changes.items()}
+    words = [f"--cam.{name}={list(value) if isinstance(value, tuple) else value}" for name, value in merged.items()]
+    made = load_config([VOC / "demo.yaml"], words).cam
+    assert {name: repr(getattr(made, name)) for name in merged} == {name: repr(v) for name, v in merged.items()}
+    assert all(type(v) is type(merged[name]) for changes in tables.ROWS.values() for name, v in changes.items())
+
+
+def test_settings_are_read_once_a_row(
+    shapes: Path, tiny: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, told = [], []
+    monkeypatch.setattr(tables, "execute", lambda run, stages: rows.append(run.out.parent.name))
+    monkeypatch.setattr(tables, "figures_of", lambda *_: told.append(len(reads)) or sys.exit())
+    reads: list[object] = []
+    whole = load_once
+    monkeypatch.setattr("tests.voc.conftest.load_once", lambda *args: reads.append(args) or whole(*args))
+    base = ("--data", shapes, "--out", tmp_path, "--config", VOC / "demo.yaml", "--config", tiny)
+    call(tables.main, "fig7", *base, "--seeds", 0, 1)
+    assert set(rows) == {"baseline", "RCM", *(f"RCM-t={t}" for t in tables.THRESHOLDS if t != 0.2)}
+    assert told == [1 + 2 * len(tables.TABLES["fig7"].rows)]
 
 
 def test_table_of_the_field(

@@ -10,24 +10,22 @@ import train_cam
 from batches import Batch
 from config import CAM, Gate
 from networks import build_cam
-from run import load_config
-from tables import ROWS
+from tables import ROWS, changed
 from terms import Term, Views
 from torch import nn
 from train_cam import TERMS, Objective
 
 import pixelss
 from tests.oracles import bilinear
-from tests.voc.runs import VOC
+from tests.voc.runs import VOC, load_once
 from tests.voc.trainings import tiny_config
 
 N = 3
 
 
 def build(row: str, **changes: object) -> tuple[Objective, nn.Sequential]:
-    names = {name.removeprefix("cam."): value for name, value in ROWS[row].items()}
-    cam = CAM(rcm_gate=Gate(iterations=2), mam_gate=Gate(iterations=4), **names)
-    config = tiny_config(cam=replace(cam, **changes))
+    config = changed(tiny_config(cam=CAM(rcm_gate=Gate(iterations=2), mam_gate=Gate(iterations=4))), row)
+    config.cam = replace(config.cam, **changes)
     torch.manual_seed(0)
     student = build_cam(config, N)
     return Objective(config, student, N, 100), student
@@ -94,11 +92,11 @@ def test_loss_is_the_weighted_sum_of_its_parts(batch):
     torch.testing.assert_close(loss, sum(weights[name] * part for name, part in parts.items()))
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", {tuple(changes): row for row, changes in ROWS.items()}.values())
 def test_every_row_takes_a_step_at_its_own_settings(batch, row, tmp_path):
     """The loss is that of its terms, finite, and every weight that is trained gets a gradient."""
-    settings = [f"--{name}={value}" for name, value in ROWS[row].items()]
-    config = load_config([VOC / "demo.yaml"], [*settings, f"--cam.start_from={tmp_path}"])
+    config = changed(load_once([VOC / "demo.yaml"]), row)
+    config.cam.start_from = tmp_path
     torch.manual_seed(0)
     student = build_cam(config, N)
     torch.save(student.state_dict(), tmp_path / "model.pt")  # what OC-CSE shows the erased images

@@ -15,7 +15,8 @@ import pytest
 from parallel import find
 from torch.distributed import TCPStore
 
-from tests.voc.runs import VOC, free_port, unfinished
+from tests.processes import free_port
+from tests.voc.runs import VOC, unfinished
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 LONG = ("--cam.schedule.iterations", 100_000)
