@@ -62,7 +62,9 @@ def test_quickstart_on_generated_images(tmp_path):
 
 @pytest.mark.skipif(not VOC_MINI.is_dir(), reason="no VOC photographs: set PIXELSS_VOC_MINI to a folder in VOC layout")
 def test_quickstart_on_photographs(tmp_path):
-    table = run_quickstart(tmp_path, "--data", str(VOC_MINI), "--crop", "64", "--rescale", "0.2", "0.4")
+    table = run_quickstart(
+        tmp_path, "--data", str(VOC_MINI), "--crop", "64", "--rescale", "0.2", "0.4", "--score-images", "1"
+    )
     check_outputs(tmp_path, table, seeds=1)
 
 

@@ -103,6 +103,10 @@ def test_readme_marks_what_others_fill_and_take():
         assert README.index(start) < README.index(end)
 
 
+def test_ci_runs_the_slow_tests_of_machine_code():
+    assert 'python -m pytest -m "slow and inductor" tests/test_promises.py' in (ROOT / ".ci" / "run").read_text()
+
+
 def test_readme_and_ci_share_the_test_command():
     command = 'python -m pip install -e ".[dev]" && python -m pytest -n auto\n'
     for text in (README, (ROOT / "CONTRIBUTING.md").read_text(), (ROOT / ".ci" / "run").read_text()):

@@ -193,6 +193,7 @@ def test_compiled_equals_eager(name, device):
         check_compiled(name, "aot_eager", device)
 
 
+@pytest.mark.slow  # a C++ compiler's time, where the graphs are those of the test above; .ci/run runs it
 @pytest.mark.parametrize("name", [name for name, block in BLOCKS.items() if block.inductor])
 def test_compiled_to_machine_code_equals_eager(name, device):
     check_compiled(name, "inductor", device)
