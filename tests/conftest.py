@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import sysconfig
+from functools import cache
 from pathlib import Path
 
 # With pytest-xdist each worker has its share of the cores; torch reads this once, the processes that tests start too
@@ -15,7 +16,6 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import pytest
-import torch
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, max_examples=12)  # others at each run
@@ -23,9 +23,6 @@ settings.register_profile("ci", settings.get_profile("default"), max_examples=25
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms on CUDA need it
-
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-
 
 # By the file's place: what runs whole examples as a user does
 PIPELINE = re.compile(r"tests/(voc/|test_examples|test_docs)")
@@ -70,7 +67,22 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(scope="session", params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """The CPU, and CUDA where there is one."""
-    return request.param
+@cache
+def devices() -> list[str]:
+    """Return the CPU, and CUDA where there is one."""
+    import torch  # not above: the process that starts pytest-xdist's workers needs none, which takes seconds
+
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what takes `device` on each."""
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", devices(), scope="session")
+
+
+@pytest.fixture
+def no_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave weights as they lie in memory: millions of numbers take seconds to draw."""
+    for name in ("kaiming_normal_", "kaiming_uniform_"):
+        monkeypatch.setattr(f"torch.nn.init.{name}", lambda tensor, *_, **__: tensor)

@@ -62,11 +62,16 @@ def test_every_argument_is_documented():
 
 
 @pytest.mark.processes
-def test_import_is_light():
+def test_import_is_light_and_timm_backbone_knows_resnet38_without_another():
+    """In one process, for each takes seconds to start."""
     heavy = ("timm", "torchvision", "matplotlib", "PIL")
-    loaded = f"import sys, pixelss.io, pixelss.viz; print([name for name in {heavy} if name in sys.modules])"
-    output = subprocess.run([sys.executable, "-c", loaded], check=True, capture_output=True, text=True).stdout
-    assert output.strip() == "[]"
+    code = (
+        "import sys, torch, pixelss.backbones.checkpoints, pixelss.cam.classifier, pixelss.io, pixelss.viz\n"
+        f"print([name for name in {heavy} if name in sys.modules])\n"
+        "torch.set_default_device('meta'); print(pixelss.timm_backbone('resnet38').stride)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output.split() == ["[]", "8"]
 
 
 def test_readme_code_runs():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +108,3 @@ def test_published_weights_load_into_the_classifier(tmp_path: Path) -> None:
     torch.save({"bn7.bias": torch.full((4096,), 3.0), "fc8.weight": torch.zeros(2, 4096)}, tmp_path / "weights.pth")
     assert load_resnet38(net, tmp_path / "weights.pth").loaded == ("bn7.bias",)
     assert net.backbone.bn7.bias.eq(3).all()
-
-
-@pytest.mark.processes
-def test_pixelss_does_not_import_timm_and_timm_backbone_knows_resnet38_without_an_import() -> None:
-    """In one process, for each takes seconds to start."""
-    code = (
-        "import sys, pixelss, pixelss.backbones.checkpoints, pixelss.cam.classifier; print('timm' in sys.modules)\n"
-        "import torch; torch.set_default_device('meta'); print(pixelss.timm_backbone('resnet38').stride)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["False", "8"]

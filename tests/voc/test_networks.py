@@ -58,6 +58,7 @@ def test_given_weights_freeze_the_norms(tmp_path):
         build_cam(tiny_config(network=Network("small", weights=tmp_path / "weights.pth")), 2)
 
 
+@pytest.mark.usefixtures("no_draws")
 @pytest.mark.parametrize("prefix", ["", "backbone.", "net.", "module.net."])
 @pytest.mark.parametrize("outer", [None, "teacher"])
 def test_weights_arrive_whatever_they_were_saved_from(tmp_path, prefix, outer):
