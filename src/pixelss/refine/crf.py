@@ -67,9 +67,11 @@ def dense_crf(
     check_tensor("probs", probs, "BKHW", like=images, hint=hint, B=B, H=H, W=W)
     _check_settings(iterations, gaussian, bilateral)
     probs = promote(probs)
-    if probs.numel() and outside_unit(torch.stack(probs.detach().aminmax())).any():  # either keeps a NaN
-        span = f"{probs.min().item():.4g} to {probs.max().item():.4g}"
-        raise ValueError(f"probs must lie in [0, 1], but ranges from {span}. Logits? Take their softmax(dim=1).")
+    if probs.numel():
+        ends = torch.stack([probs.detach().amin(), probs.detach().amax()])  # either keeps a NaN
+        if outside_unit(ends).any():
+            span = f"{ends[0].item():.4g} to {ends[1].item():.4g}"
+            raise ValueError(f"probs must lie in [0, 1], but ranges from {span}. Logits? Take their softmax(dim=1).")
 
     refined: Tensor = _infer(images, probs, iterations, gaussian, bilateral)
     return refined
