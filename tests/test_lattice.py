@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pixelss import PermutohedralLattice
-from pixelss._lattice import _keys
 from tests.blocks import Block
 from tests.strategies import Batch
 
@@ -126,13 +125,6 @@ def test_lattice_of_far_points_does_not_mix():
     mixed = lattice.filter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     assert mixed[0, 1] == mixed[1, 0] == 0
     assert mixed[0, 0] > 0
-
-
-def test_keys_are_as_wide_as_the_cells_need():
-    side = 50_000  # between 2^31 and 2^32 cells
-    place = torch.tensor([[0.0, side], [0.0, side]])
-    assert _keys(place, [1, side + 1], (side + 1) ** 2).tolist() == [0, side + (side + 1) * side]
-    assert _keys(place, [1, 2], 4 * side).dtype == torch.int32
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from itertools import combinations, zip_longest
-from math import prod
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.functional import embedding_bag
 
 from pixelss._checks import check_tensor
 from pixelss._dtype import promote
+from pixelss._simplices import corner_keys, enclosing_simplex, narrow, simplex_keys, strides_of_keys
 
 _PART = 64  # points that are summed one after the other
 
@@ -62,13 +62,13 @@ class PermutohedralLattice:
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # it takes a minute, and gains nothing
     def _build(self, features: Tensor) -> None:
         P, d = features.shape
-        corner, rank, weights = _enclosing_simplex(features)
+        corner, rank, weights = enclosing_simplex(features)
         # A corner of remainder 0 and the ranks name a simplex; many points share one. U simplices, M cells.
-        order, simplex, sizes, _ = _group(_simplex_keys(corner[:d], rank[:d]))
+        order, simplex, sizes, _ = _group(simplex_keys(corner[:d], rank[:d]))
         one = order.index_select(0, sizes.cumsum(0) - sizes)  # a point of each
-        *strides, count = _strides(corner[:d])
+        *strides, count = strides_of_keys(corner[:d])
         shifts = [(d + 1) * stride - sum(strides) for stride in [*strides, 0]]  # of keys, along d + 1 axes
-        keys = _corner_keys(corner.index_select(1, one), rank.index_select(1, one), strides, count)  # (d + 1, U)
+        keys = corner_keys(corner.index_select(1, one), rank.index_select(1, one), strides, count)  # (d + 1, U)
         pairs, cell, shared, cells = _group(keys.flatten())  # pairs of a remainder and a simplex, by cell
         entry, ends = _by_cell(sizes, pairs, P)
         index = entry.dtype
@@ -104,7 +104,7 @@ def joined(lattices: Sequence[PermutohedralLattice]) -> PermutohedralLattice:
         return lattice
     sizes = [len(one.part_offsets) - 1 for one in lattices]  # cells, each with its empty one
     before = [sum(sizes[:i]) for i in range(len(sizes))]
-    index = _narrow(sum(len(one.splat_points) for one in lattices))
+    index = narrow(sum(len(one.splat_points) for one in lattices))
     lattice.splat_points = torch.cat([one.splat_points for one in lattices]).to(index)
     lattice.splat_weights = torch.cat([one.splat_weights for one in lattices])
     lattice.part_offsets = _chain([one.part_offsets for one in lattices]).to(index)
@@ -167,104 +167,6 @@ def read(lattice: PermutohedralLattice, table: Tensor) -> Tensor:
     return embedding_bag(lattice.slice_cells, table, mode="sum", per_sample_weights=weights)
 
 
-def _enclosing_simplex(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return remainder-0 corner, ranks and barycentric weights, each (d + 1, P), of the simplex around every point."""
-    point = _elevate(features)
-    corner, rank = _nearest_corner(point)
-    return corner, rank, _barycentric_weights(point, corner, rank)
-
-
-def _elevate(features: Tensor) -> Tensor:
-    """Return the points (P, d) on the plane of d + 1 coordinates that sum to 0, (d + 1, P)."""
-    d = features.shape[1]
-    total = torch.zeros_like(features[:, 0])
-    elevated = [total] * (d + 1)
-    for j in range(d, 0, -1):
-        # In this order, as the C++ code: a sum rounded otherwise may fall into another simplex.
-        scaled = features[:, j - 1] * ((2 / 3) ** 0.5 * (d + 1) / (j * (j + 1)) ** 0.5)
-        elevated[j] = total - j * scaled
-        total = total + scaled
-    elevated[0] = total
-    return torch.stack(elevated)
-
-
-def _nearest_corner(point: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nearest corner whose coordinates are multiples of d + 1, and each coordinate's rank by its rest."""
-    d = len(point) - 1
-    corner, rest = torch.empty_like(point), torch.empty_like(point)
-    for j, coordinate in enumerate(point):  # one by one: what is at work fits a cache
-        torch.mul((coordinate / (d + 1)).sub_(0.5).ceil_(), d + 1, out=corner[j])  # halves go down
-        torch.sub(coordinate, corner[j], out=rest[j])
-    off_plane = (corner.sum(0) / (d + 1)).round().to(torch.int8)  # by so many steps rounding left it
-    rank = off_plane + torch.arange(d + 1, dtype=torch.int8, device=point.device)[:, None]
-    for i, j in combinations(range(d + 1), 2):
-        later = (rest[j] > rest[i]).view(torch.int8)  # of equal ones the first is before
-        rank[i] += later
-        rank[j] -= later
-    wrap = (d + 1) * ((rank < 0).view(torch.int8) - (rank > d).view(torch.int8))
-    return corner.add_(wrap), rank.add_(wrap)
-
-
-def _barycentric_weights(point: Tensor, corner: Tensor, rank: Tensor) -> Tensor:
-    """Return the weights of the corners of remainder 0 to d: differences of the rests, in the order of their ranks."""
-    d = len(point) - 1
-    ordered = torch.empty_like(point).scatter_(0, (d - rank).long(), (point - corner) / (d + 1))
-    weights = ordered - ordered.roll(1, 0)
-    weights[0] += 1
-    return weights
-
-
-def _simplex_keys(corner: Tensor, rank: Tensor) -> Tensor:
-    """Return a number for each simplex of P points, of its corner of remainder 0 and its ranks without the last."""
-    place = corner + rank
-    spans = (place.amax(1) - place.amin(1) + 1).long().tolist()
-    return _keys(place, [prod(spans[:k]) for k in range(len(spans))], prod(spans))
-
-
-def _strides(corner: Tensor) -> list[int]:
-    """Return what each of d coordinates counts in a cell's key, and last how many keys there can be.
-
-    All coordinates of a cell leave the remainder r when divided by d + 1, x = (d + 1) a + r. The key is the sum of
-    stride * x, (d + 1) * (sum of stride * a) + r * (sum of strides): as the strides sum to 1 more than a multiple of
-    d + 1 it tells r, and as they are products of as many a as there are, all of them.
-    """
-    d = len(corner)
-    # With room for the other corners and their neighbours: no two cells share a key.
-    counts = ((corner.amax(1) - corner.amin(1)) / (d + 1) + 5).long().tolist()
-    counts[0] += -counts[0] % (d + 1)
-    return [prod(counts[:k]) for k in range(d)] + [(d + 1) * prod(counts)]
-
-
-def _keys(place: Tensor, strides: list[int], count: int) -> Tensor:
-    """Return the sum of stride * coordinate for the coordinates (d, P) of each of P places; it is below `count`."""
-    if count >= 2**63:
-        raise ValueError(
-            f"features must span few enough cells that their keys fit 63 bits, but need {count.bit_length()}: "
-            "divide them by larger scales (sxy, srgb)."
-        )
-    key = torch.zeros(place.shape[1], dtype=_narrow(count), device=place.device)
-    for coordinate, stride in zip(place, strides, strict=True):
-        key += (coordinate - coordinate.min()).to(key.dtype) * stride
-    return key
-
-
-def _narrow(count: int) -> torch.dtype:
-    """Return the integers, half as long where they can be, for numbers below `count`."""
-    return torch.int32 if count < 2**31 else torch.long
-
-
-def _corner_keys(corner: Tensor, rank: Tensor, strides: list[int], count: int) -> Tensor:
-    """Return the key of each corner, by remainder, of each simplex, (d + 1, U)."""
-    d = len(strides)
-    first = _keys(corner[:d], strides, count)
-    # From remainder r to r + 1 all coordinates grow by 1, and that of rank d - r falls by d + 1.
-    steps = first.new_tensor([sum(strides) - (d + 1) * stride for stride in [*strides, 0]])
-    keys = torch.empty(rank.shape, dtype=first.dtype, device=first.device)
-    keys.scatter_(0, torch.where(rank > 0, d + 1 - rank, 0).long(), steps[:, None].expand(rank.shape))
-    keys[0] = first
-    return torch.cumsum(keys, 0, out=keys)
-
-
 def _group(keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the order that sorts the keys, the group of each in that order, and each group's size and key."""
     ordered, order = keys.sort()
@@ -284,7 +186,7 @@ def _by_cell(sizes: Tensor, pairs: Tensor, points: int) -> tuple[Tensor, Tensor]
         The entries, and where the run of each pair ends among them.
     """
     total = points * (len(pairs) // len(sizes))
-    pairs, sizes = (x.to(_narrow(max(total, len(pairs)))) for x in (pairs, sizes))
+    pairs, sizes = (x.to(narrow(max(total, len(pairs)))) for x in (pairs, sizes))
     remainder = pairs.div(len(sizes), rounding_mode="floor")
     simplex = pairs - remainder * len(sizes)
     counts = sizes.index_select(0, simplex)
