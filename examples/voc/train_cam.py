@@ -13,6 +13,7 @@ from batches import Batch, Samples
 from config import CAM, Config
 from data import BadFileError
 from field_terms import FIELD_TERMS
+from frozen import share_frozen_layers
 from networks import build_cam, load_start, to_tensor
 from numpy.typing import NDArray
 from parallel import shared_mean
@@ -74,6 +75,10 @@ class Objective:
         self.teacher = pixelss.EMATeacher(student, self.config.teacher_momentum)
         self.modules: dict[str, nn.Module] = {"teacher": self.teacher}
         device = next(student.parameters()).device
+        taught = any(weight > 0 for name, weight in self.weights.items() if name != "cls")
+        eager_cpu = device.type == "cpu" and not config.compile
+        if taught and eager_cpu:
+            share_frozen_layers(student, self.teacher.module)
         for name, term in self.terms.items():
             if shared := self.modules.keys() & term.modules.keys():
                 raise ValueError(f"The term {name} must name its modules as no other does, but has {sorted(shared)}.")
