@@ -20,7 +20,7 @@ def within(labels: Tensor, radius: int) -> Tensor:
     inside = torch.zeros(labels.shape[1:], dtype=torch.bool)
     for o, y, x, _, _ in pairs(*labels.shape[2:], radius):
         inside[o, y, x] = True
-    return labels.where(inside.to(labels.device), 255)
+    return labels.where(inside.to(labels.device, non_blocking=True), 255)
 
 
 BLOCKS = {
