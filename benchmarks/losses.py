@@ -20,6 +20,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, interpolate, n
 import pixelss
 
 B, D, N, CELLS, PIXELS, SCALES = 16, 256, 20, 24, 192, 3
+COMPILED = {"compiled": "default", "CUDA graphs": "reduce-overhead"}
 
 
 def literal_contrastive(features: Tensor, mask: Tensor, prototypes: Tensor) -> Tensor:
@@ -45,10 +46,10 @@ def contrastive_step(way: str, device: str) -> Step:
     mask = torch.randint(0, N + 1, (B, PIXELS, PIXELS), device=device)
     prototypes = torch.rand(N + 1, D, device=device)
     loss: Callable[..., Tensor] = literal_contrastive if way == "literal" else pixelss.regional_contrastive_loss
-    if way == "compiled":
+    if way in COMPILED:
         if not device.startswith("cuda"):
             raise Unavailable("on CUDA only: compiling raises a process's own peak")
-        loss = torch.compile(loss, fullgraph=True)
+        loss = torch.compile(loss, fullgraph=True, mode=COMPILED[way])
         loss(features, mask, prototypes).backward()  # compiling takes memory of its own
     return lambda: torch.autograd.grad(loss(features, mask, prototypes), features)
 
@@ -114,7 +115,7 @@ def energy_step(way: str, device: str) -> Step:
 
 GROUPS = {
     "regional contrastive loss, 24 x 24 -> 192 x 192, D 256, K 21": {
-        way: partial(contrastive_step, way) for way in ("literal", "pixelss", "compiled")
+        way: partial(contrastive_step, way) for way in ("literal", "pixelss", *COMPILED)
     },
     **{
         f"multi-scale attentive loss, N {classes}, {pairs} present of each image": {
