@@ -12,18 +12,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import pixelss
 from pixelss import io, viz
-from tests.strategies import Batch
+from tests.strategies import Batch, make_batch
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(pixelss.__file__).parent
@@ -107,6 +107,31 @@ def collect(what: str) -> dict[str, Any]:
             assert not entries.keys() & own.keys()
             entries |= own
     return entries
+
+
+class _Watched(Batch):
+    """A batch that notes which of its fields are read."""
+
+    read: ClassVar[set[str]]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in Batch._fields:
+            type(self).read.add(name)
+        return super().__getattribute__(name)
+
+    def __iter__(self) -> Iterator[Any]:
+        type(self).read.update(Batch._fields)
+        return super().__iter__()
+
+
+@cache
+def run_once(name: str) -> tuple[Tensor, list[str]]:
+    """Return what a block gives for a batch, and the fields of the batch that it reads: no other concerns it."""
+    batch = make_batch()
+    block = blocks()[name].on(batch)
+    _Watched.read = set()
+    value = block(_Watched(*batch))
+    return value, [field for field in Batch._fields if field in _Watched.read]
 
 
 PUBLIC = {name: getattr(pixelss, name) for name in pixelss.__all__}

@@ -8,8 +8,10 @@ import re
 import shutil
 import sys
 import sysconfig
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 # With pytest-xdist each worker has its share of the cores; torch reads this once, the processes that tests start too
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -21,6 +23,8 @@ from hypothesis import settings
 settings.register_profile("default", deadline=None, max_examples=12)  # others at each run
 settings.register_profile("ci", settings.get_profile("default"), max_examples=25, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+gc.disable()  # until all is imported, which makes no garbage
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms on CUDA need it
 
@@ -65,6 +69,27 @@ def pytest_collection_finish() -> None:
     """Take what was imported out of the garbage collector's sight: half a million objects, looked through each time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """Spare the expected failures their tracebacks, which nobody sees and which take longer than the tests."""
+    mark = pyfuncitem.get_closest_marker("xfail")
+    if mark is None or pyfuncitem.config.option.runxfail:
+        return (yield)
+    try:
+        return (yield)
+    except Exception as error:
+        raise pytest.xfail.Exception(mark.kwargs["reason"], pytrace=False) from error
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker a row of files, so that most fixtures of a file or folder are made once; the idle take over."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 @cache

@@ -80,10 +80,9 @@ def multi_scale_inference_by_loops(
             scaled = bilinear(crop, [min(tile, max(1, math.floor(side * scale + 0.5))) for side in sides])
             logits = bilinear(model(scaled.flip(-1)), sides).flip(-1) if mirrored else bilinear(model(scaled), sides)
             total = total if weights.any() else torch.zeros(logits.shape[1], *image.shape[1:]).to(logits)
-            for i, j in product(range(h), range(w)):
-                weight = min(i + 1, h - i) * min(j + 1, w - j)
-                total[:, y + i, x + j] += weight * logits[0, :, i, j]
-                weights[y + i, x + j] += weight
+            weight = [[min(i + 1, h - i) * min(j + 1, w - j) for j in range(w)] for i in range(h)]
+            total[:, y : y + h, x : x + w] += torch.tensor(weight) * logits[0]
+            weights[y : y + h, x : x + w] += torch.tensor(weight)
         results.append(total / weights)
     return torch.stack(results).unflatten(0, (len(images), -1)).mean(1)
 

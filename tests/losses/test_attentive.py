@@ -71,8 +71,8 @@ def scale_dissimilarity_by_loops(student: Tensor, teacher: Tensor) -> Tensor:
     xi = []
     for p, i, j in product(range(student.shape[1]), range(len(student)), range(len(teacher))):
         a, b = student[i, p].flatten(), teacher[j, p].flatten()
-        dot = sum(u * v for u, v in zip(a, b, strict=True))
-        norms = torch.sqrt(sum(u * u for u in a)) * torch.sqrt(sum(v * v for v in b))
+        dot = (a * b).sum()
+        norms = torch.sqrt((a * a).sum()) * torch.sqrt((b * b).sum())
         xi.append(2 - (dot / norms if norms > 0 else dot * 0))
     return torch.stack(xi).view(student.shape[1], len(student), len(teacher))
 
@@ -101,8 +101,8 @@ def multi_scale_attentive_loss_by_loops(
         student = torch.stack([active(cam[b, k]) for cam in student_cams])[:, None]
         teacher = torch.stack([active(cam[b, k]) for cam in teacher_cams])[:, None]
         target = attentive_target_by_loops(student, teacher, attentive)
-        for i, u, v in product(range(len(student)), *map(range, student.shape[2:])):
-            total = total + torch.abs(student[i, 0, u, v] - target[i, 0, u, v])
+        for i in range(len(student)):
+            total = total + torch.abs(student[i, 0] - target[i, 0]).sum()
         count += student[0].numel()
     return total / max(count, 1) if reduction == "mean" else total
 

@@ -66,10 +66,11 @@ def regional_contrastive_loss_by_loops(
     x = bilinear(features, mask.shape[1:])
     classes = [k for k in range(len(prototypes)) if filled is None or filled[k]]
     terms = {pixel: x.new_zeros(()) for pixel in product(*map(range, mask.shape))}
-    valid = []
+    valid, of_length_one = [], {k: unit(prototypes[k], eps) for k in classes}
     for b, i, j, label in labelled(mask, len(prototypes) - 1, ignore_index):
         if label in classes:
-            z = {k: unit(x[b, :, i, j], eps) @ unit(prototypes[k], eps) / temperature for k in classes}
+            pixel = unit(x[b, :, i, j], eps)
+            z = {k: pixel @ of_length_one[k] / temperature for k in classes}
             probability = torch.exp(z[label]) / sum(torch.exp(other) for other in z.values())
             terms[b, i, j] = -torch.log(probability) if form == "infonce" else -probability
             valid.append((b, i, j))

@@ -35,9 +35,11 @@ sides = st.integers(1, 8)
 
 def transition_matrix(affinity: Tensor, h: int, w: int, beta: float, radius: int) -> Tensor:
     """Return the dense T of one image: P x P, columns that sum to 1."""
-    entries = torch.eye(h * w, dtype=affinity.dtype)
-    for o, y, x, v, u in pairs(h, w, radius):
-        entries[y * w + x, v * w + u] = entries[v * w + u, y * w + x] = affinity[o, y, x] ** beta
+    entries, found = torch.eye(h * w, dtype=affinity.dtype), list(pairs(h, w, radius))
+    if found:  # one assignment: a Tensor takes long to change entry by entry
+        o, y, x, v, u = torch.tensor(found).T
+        p, q = y * w + x, v * w + u
+        entries[p, q] = entries[q, p] = affinity[o, y, x] ** beta
     return entries / entries.sum(0)
 
 
