@@ -30,7 +30,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic alg
 
 # By the file's place: what runs whole examples as a user does
 PIPELINE = re.compile(r"tests/(voc/|test_examples|test_docs)")
-NOT_UNIT = {"slow", "pipeline", "processes", "inductor"}
+NETWORKS = re.compile(r"tests/(backbones/|cam/test_(classifier|trial))|pixelss/(backbones/|cam/classifier)")
+NOT_UNIT = {"slow", "pipeline", "networks", "processes", "inductor"}
 
 collect_ignore = ["golden/make_crf.py"]  # a script that needs the extra crf-reference
 
@@ -46,18 +47,22 @@ def missing_for_machine_code() -> str:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m unit`, read no test file that has none: the pipeline's import what takes seconds."""
-    return True if config.option.markexpr == "unit" and PIPELINE.search(collection_path.as_posix()) else None
+    path = collection_path.as_posix()
+    none_here = config.option.markexpr == "unit" and collection_path.is_file()
+    return True if none_here and (PIPELINE.search(path) or NETWORKS.search(path)) else None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the pipeline's tests by their place, those that compile by name, and as `unit` what has no other mark."""
+    """Mark the pipeline's and the networks' tests by their place, those that compile by name, the rest as `unit`."""
     missing = missing_for_machine_code()
     for item in items:
         if missing and "to_machine_code" in item.name:
             item.add_marker(pytest.mark.skip(reason=f"{missing}: nothing can be compiled to machine code"))
         if PIPELINE.search(item.path.as_posix()):
             item.add_marker(pytest.mark.pipeline)
+        if NETWORKS.search(item.path.as_posix()):
+            item.add_marker(pytest.mark.networks)
         if "compile" in item.name:
             item.add_marker(pytest.mark.inductor)
         if not NOT_UNIT & {mark.name for mark in item.iter_markers()}:
