@@ -52,8 +52,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if none_here and (PIPELINE.search(path) or NETWORKS.search(path)) else None
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Mark the pipeline's and the networks' tests by their place, those that compile by name, the rest as `unit`."""
     missing = missing_for_machine_code()
     for item in items:
@@ -67,6 +67,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.inductor)
         if not NOT_UNIT & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.unit)
+    result = yield
+    items.sort(key=lambda item: item.get_closest_marker("pipeline") is None)  # long ones first, none waits for them
+    return result
 
 
 @pytest.hookimpl(trylast=True)

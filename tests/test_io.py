@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -17,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from pixelss import io, viz
+from tests.processes import run_script
 from tests.test_unpickle import save
 
 SIGNATURES = {
@@ -275,7 +274,8 @@ def test_every_function_is_documented():
 
 @pytest.mark.processes
 def test_pillow_is_needed_by_masks_alone(tmp_path):
-    code = f"""
+    script = tmp_path / "without.py"
+    script.write_text(f"""
 import sys
 sys.modules["PIL"] = None
 from pixelss import io
@@ -284,9 +284,8 @@ try:
     io.write_mask({str(tmp_path / "a.png")!r}, [[0]])
 except ImportError as error:
     print(error)
-"""
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert output == 'aeroplane\nMasks as files need Pillow: python -m pip install "pixelss[viz]".\n'
+""")
+    assert run_script(script).stdout == 'aeroplane\nMasks as files need Pillow: python -m pip install "pixelss[viz]".\n'
 
 
 def test_a_mask_that_cannot_be_written_names_its_file_and_leaves_the_old_one(tmp_path, monkeypatch):
