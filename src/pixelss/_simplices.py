@@ -13,7 +13,7 @@ def enclosing_simplex(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return remainder-0 corner, ranks and barycentric weights, each (d + 1, P), of the simplex around every point."""
     point = _elevate(features)
     corner, rank = _nearest_corner(point)
-    return corner, rank, _barycentric_weights(point, corner, rank)
+    return corner, rank, _barycentric_weights(point, corner)
 
 
 def _elevate(features: Tensor) -> Tensor:
@@ -31,27 +31,36 @@ def _elevate(features: Tensor) -> Tensor:
 
 
 def _nearest_corner(point: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nearest corner whose coordinates are multiples of d + 1, and each coordinate's rank by its rest."""
+    """Return the nearest corner whose coordinates are multiples of d + 1, and each coordinate's rank by its rest.
+
+    All are of the points' dtype: on a CPU comparing, adding and rounding take longer where dtypes mix.
+    """
     d = len(point) - 1
-    corner, rest = torch.empty_like(point), torch.empty_like(point)
+    corner, rest, rank = (torch.empty_like(point) for _ in range(3))
     for j, coordinate in enumerate(point):  # one by one: what is at work fits a cache
         torch.mul((coordinate / (d + 1)).sub_(0.5).ceil_(), d + 1, out=corner[j])  # halves go down
         torch.sub(coordinate, corner[j], out=rest[j])
-    off_plane = (corner.sum(0) / (d + 1)).round().to(torch.int8)  # by so many steps rounding left it
-    rank = off_plane + torch.arange(d + 1, dtype=torch.int8, device=point.device)[:, None]
+    off_plane = (corner.sum(0) / (d + 1)).round_()  # by so many steps rounding left it
+    for j in range(d + 1):
+        torch.add(off_plane, j, out=rank[j])
+    later = torch.empty_like(off_plane)
     for i, j in combinations(range(d + 1), 2):
-        later = (rest[j] > rest[i]).view(torch.int8)  # of equal ones the first is before
+        torch.gt(rest[j], rest[i], out=later)  # of equal ones the first is before
         rank[i] += later
         rank[j] -= later
-    wrap = (d + 1) * ((rank < 0).view(torch.int8) - (rank > d).view(torch.int8))
-    return corner.add_(wrap), rank.add_(wrap)
+    wrap = torch.div(rank, d + 1, out=rest).floor_().mul_(d + 1)
+    return corner.sub_(wrap), rank.sub_(wrap)
 
 
-def _barycentric_weights(point: Tensor, corner: Tensor, rank: Tensor) -> Tensor:
+def _barycentric_weights(point: Tensor, corner: Tensor) -> Tensor:
     """Return the weights of the corners of remainder 0 to d: differences of the rests, in the order of their ranks."""
     d = len(point) - 1
-    ordered = torch.empty_like(point).scatter_(0, (d - rank).long(), (point - corner) / (d + 1))
-    weights = ordered - ordered.roll(1, 0)
+    rests = list((point - corner).div_(d + 1))
+    for i, j in combinations(range(d + 1), 2):  # the higher the rank the lower the rest
+        rests[i], rests[j] = torch.minimum(rests[i], rests[j]), torch.maximum(rests[i], rests[j])
+    weights = torch.empty_like(point)
+    for r in range(d + 1):
+        torch.sub(rests[r], rests[r - 1], out=weights[r])
     weights[0] += 1
     return weights
 
@@ -86,7 +95,7 @@ def keys_of(place: Tensor, strides: list[int], count: int) -> Tensor:
         )
     key = torch.zeros(place.shape[1], dtype=narrow(count), device=place.device)
     for coordinate, stride in zip(place, strides, strict=True):
-        key += (coordinate - coordinate.min()).to(key.dtype) * stride
+        key.add_((coordinate - coordinate.min()).to(key.dtype), alpha=stride)
     return key
 
 
