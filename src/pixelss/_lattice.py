@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from copy import copy
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -51,7 +53,7 @@ class PermutohedralLattice:
             raise ValueError(f"features must hold at least one point, but has shape {tuple(features.shape)}.")
         features = promote(features.detach())
         limit = 0.01 / torch.finfo(features.dtype).eps  # beyond, rounding eats the barycentric weights
-        if not torch.stack(features.aminmax()).abs().max() <= limit:  # so is a NaN
+        if not torch.stack([-features.amin(), features.amax()]).max() <= limit:  # of a NaN too
             largest = features.abs().max().item()
             raise ValueError(
                 f"features must be finite and within +-{limit:.3g}, but reach {largest:.3g}: "
@@ -80,6 +82,7 @@ class PermutohedralLattice:
         corner_cells = torch.empty_like(cell).index_copy_(0, pairs, cell).to(index).view_as(keys).mT.contiguous()
         self.slice_cells = corner_cells.index_select(0, torch.empty_like(order).index_copy_(0, order, simplex))
         self.slice_weights = weights.mT.contiguous().div_(1 + 2.0**-d)  # (P, d + 1)
+        self.slice_offsets = _offsets(self.slice_cells)
         self.blur_cells = [_neighbours(cells, shift).to(index) for shift in shifts]  # d + 1 of (M + 1, 3)
 
     def filter(self, values: Tensor) -> Tensor:
@@ -98,6 +101,32 @@ def filtered(lattices: Sequence[PermutohedralLattice], values: Tensor, reverse: 
     """Return the sum of what the lattices, or their transposes, make of the values (P, C), differentiable."""
     result: Tensor = _Filter.apply(values, lattices, reverse)
     return result
+
+
+def joined(lattices: Sequence[PermutohedralLattice]) -> PermutohedralLattice:
+    """Return the lattice whose filter is the sum of theirs, at one set of points: faster for many channels."""
+    lattices = sorted(lattices, key=lambda lattice: len(lattice.blur_cells), reverse=True)
+    lattice = copy(lattices[0])
+    if len(lattices) == 1:
+        return lattice
+    sizes = [len(one.cell_offsets) - 1 for one in lattices]  # cells, each with its empty one
+    before = [sum(sizes[:i]) for i in range(len(sizes))]
+    index = narrow(sum(len(one.splat_points) for one in lattices))
+    lattice.splat_points = torch.cat([one.splat_points for one in lattices]).to(index)
+    lattice.splat_weights = torch.cat([one.splat_weights for one in lattices])
+    for name in ("cell_offsets", "part_offsets", "splat_offsets"):
+        setattr(lattice, name, _chain([getattr(one, name) for one in lattices]).to(index))
+    cells = [one.slice_cells + n for one, n in zip(lattices, before, strict=True)]
+    lattice.slice_cells = torch.cat(cells, dim=1).to(index)
+    lattice.slice_weights = torch.cat([one.slice_weights for one in lattices], dim=1)
+    lattice.slice_offsets = _offsets(lattice.slice_cells)
+    # Those of most axes are first, so that the other axes blur the first rows of the table alone.
+    axes = zip_longest(*(one.blur_cells for one in lattices))
+    lattice.blur_cells = [
+        torch.cat([cells + n for cells, n in zip(axis, before, strict=True) if cells is not None]).to(index)
+        for axis in axes
+    ]
+    return lattice
 
 
 class _Filter(torch.autograd.Function):
@@ -128,16 +157,17 @@ def _blurred(lattice: PermutohedralLattice, values: Tensor, reverse: bool) -> Te
         table = _sums(parts, rows, lattice.part_offsets)
     weights = values.new_full((len(table), 3), 0.5)
     weights[:, 0] = 1
-    offsets = _offsets(lattice.blur_cells[0])
+    offsets = _offsets(lattice.blur_cells[0])  # no later axis has more cells
     for cells in reversed(lattice.blur_cells) if reverse else lattice.blur_cells:
-        table = _sums(table, cells.view(-1), offsets, weights.view(-1))
+        n = len(cells)
+        table[:n] = _sums(table[:n], cells.view(-1), offsets[: n + 1], weights[:n].view(-1))
     return table
 
 
 def _read(lattice: PermutohedralLattice, table: Tensor) -> Tensor:
     """Return what the points read from the table, (P, C)."""
     weights = lattice.slice_weights.to(table.dtype)
-    return _sums(table, lattice.slice_cells.view(-1), _offsets(lattice.slice_cells), weights.view(-1))
+    return _sums(table, lattice.slice_cells.view(-1), lattice.slice_offsets, weights.view(-1))
 
 
 def _offsets(rows: Tensor) -> Tensor:
@@ -224,6 +254,13 @@ def _parts(ends: Tensor) -> tuple[Tensor, Tensor]:
     cell = torch.repeat_interleave(parts)
     before = torch.arange(len(cell), dtype=ends.dtype, device=ends.device) - offsets.index_select(0, cell)
     return offsets, torch.cat([ends.index_select(0, cell) + _PART * before, ends[-1:]])
+
+
+def _chain(offsets: list[Tensor]) -> Tensor:
+    """Return one list of offsets, each with its end, of several whose bags come one after the other."""
+    ends = torch.stack([one[-1] for one in offsets]).cumsum(0)  # in 64 bits
+    starts = [one[:-1] + (end - one[-1]) for one, end in zip(offsets, ends, strict=True)]
+    return torch.cat([*starts, ends[-1:]])
 
 
 def _neighbours(cells: Tensor, shift: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pixelss._checks import check_images, check_integer, check_nonnegative, check_positive, check_tensor, outside_unit
 from pixelss._dtype import promote
-from pixelss._lattice import PermutohedralLattice, filtered
+from pixelss._lattice import PermutohedralLattice, filtered, joined
 
 _CLIP = 1e-5
 _SMALL = 60.0  # logits below need not have their maximum subtracted
@@ -169,6 +169,7 @@ def _mean_field(p: Tensor, kernels: list[PermutohedralLattice], iterations: int)
         return q
     if p.shape[1] == 2:
         return _of_two_classes(p, kernels, iterations)
+    kernels = [joined(kernels)]
     q, log_p = (x.permute(2, 0, 1).contiguous() for x in (q, p.log()))  # (P, S, K)
     for _ in range(iterations):
         q = _Step.apply(q, log_p, kernels)
