@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pixelss import PermutohedralLattice
+from pixelss._lattice import _has_products, _sorted
 from tests.blocks import Block
 from tests.strategies import Batch
 
@@ -125,6 +126,41 @@ def test_lattice_of_far_points_does_not_mix():
     mixed = lattice.filter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     assert mixed[0, 1] == mixed[1, 0] == 0
     assert mixed[0, 0] > 0
+
+
+def test_a_channel_alone_is_filtered_as_among_others(device):
+    g = torch.Generator().manual_seed(0)
+    lattice = PermutohedralLattice(torch.randn(3000, 3, generator=g).to(device))  # cells of more points than a part
+    values = torch.rand(3000, 2, generator=g).to(device)
+    torch.testing.assert_close(
+        torch.cat([lattice.filter(one[:, None]) for one in values.unbind(1)], 1), lattice.filter(values)
+    )
+
+
+def test_looking_for_sparse_products_warns_nobody_and_may_fail(monkeypatch):
+    torch.set_warn_always(True)  # else torch warns once a process
+    try:
+        assert _has_products.__wrapped__() == _has_products()
+    finally:
+        torch.set_warn_always(False)
+
+    def refuse(*_):
+        raise RuntimeError("Calling addmv on a sparse CPU tensor requires Linux platform")
+
+    monkeypatch.setattr("torch.mv", refuse)
+    assert not _has_products.__wrapped__()
+
+
+@given(
+    keys=st.lists(st.integers(0, 2**63 - 1) | st.integers(0, 20), min_size=1, max_size=40),
+    dtype=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_keys_are_sorted_however_long(keys, dtype):
+    keys = torch.tensor(keys).bitwise_and(torch.iinfo(dtype).max).to(dtype)
+    ordered, order = _sorted(keys)
+    expected, stable = keys.sort(stable=True)
+    assert ordered.tolist() == expected.tolist()
+    assert order.tolist() == stable.tolist()
 
 
 @pytest.mark.parametrize(

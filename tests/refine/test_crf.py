@@ -64,6 +64,9 @@ KERNELS = [
 kernels = pytest.mark.parametrize("kernels", KERNELS, ids=str)
 
 
+classes = pytest.mark.parametrize("K", [2, 3])  # of two the difference alone is filtered
+
+
 any_kernels = st.sampled_from(KERNELS)
 
 
@@ -96,10 +99,11 @@ def slow_kernel(features: np.ndarray, q: Tensor) -> Tensor:
     return torch.from_numpy(scale * slow_lattice(features, scale * q.numpy()))
 
 
+@classes
 @kernels
 @pytest.mark.parametrize("iterations", [0, 1, 3])
-def test_crf_equals_the_slow_one(kernels, iterations, device):
-    images, probs = make()
+def test_crf_equals_the_slow_one(kernels, iterations, K, device):
+    images, probs = make(K=K)
     settings = {"gaussian": (3.0, 3.0), "bilateral": (80.0, 13.0, 10.0)} | kernels
     position = np.array([(x, y) for y in range(5) for x in range(6)], dtype=float)
     level = images[0].flatten(1).T.double().numpy()
@@ -143,16 +147,18 @@ def test_a_factor_common_to_the_classes_does_not_matter(batch, kernels, factor):
     torch.testing.assert_close(dense_crf(images, factors * probs, **kernels), dense_crf(images, probs, **kernels))
 
 
-def test_messages_whose_exponentials_overflow():
-    images, probs = make(dtype=torch.float32)
+@classes
+def test_messages_whose_exponentials_overflow(K):
+    images, probs = make(K=K, dtype=torch.float32)
     settings = {"iterations": 3, "gaussian": (3.0, 100.0), "bilateral": (80.0, 200.0, 400.0)}
     q = dense_crf(images, probs, **settings)
     torch.testing.assert_close(q, dense_crf(images, probs.double(), **settings).float())
     torch.testing.assert_close(q.sum(1), torch.ones_like(q[:, 0]))
 
 
-def test_what_is_kept_from_one_call_serves_the_next():
-    images, probs = make(H=4, W=7, dtype=torch.float32)
+@classes
+def test_what_is_kept_from_one_call_serves_the_next(K):
+    images, probs = make(K=K, H=4, W=7, dtype=torch.float32)
     with torch.inference_mode():
         expected = dense_crf(images, probs)
     leaf = probs.clone().requires_grad_()
@@ -185,6 +191,14 @@ def test_probabilities_sum_to_one_at_any_precision_of_products():
     finally:
         torch.set_float32_matmul_precision("highest")
     torch.testing.assert_close(q.sum(1), torch.ones_like(q[:, 0]), rtol=0, atol=1e-5)
+
+
+def test_a_torch_without_sparse_products_gives_the_same(monkeypatch):
+    images, probs = make(B=2, K=2, H=20, W=30)
+    expected = dense_crf(images, probs)
+    monkeypatch.setattr("pixelss._lattice._has_products", lambda: False)
+    monkeypatch.setattr("torch.sparse_csr_tensor", None)
+    torch.testing.assert_close(dense_crf(images, probs), expected)
 
 
 def test_compile_leaves_it_out():
@@ -253,9 +267,10 @@ def test_equal_images_share_one_lattice(monkeypatch):
     assert built[4:] == [(30, 2), *[(30, 5)] * 3]
 
 
+@classes
 @kernels
-def test_crf_gradcheck(kernels):
-    images, probs = make(B=2, K=2, H=2, W=3)
+def test_crf_gradcheck(kernels, K):
+    images, probs = make(B=2, K=K, H=2, W=3)
     assert torch.autograd.gradcheck(
         lambda p: dense_crf(images, p, iterations=2, **kernels),
         probs.clamp(0.05, 0.95).requires_grad_(),
@@ -263,17 +278,19 @@ def test_crf_gradcheck(kernels):
     )
 
 
+@classes
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(half, device):
-    images, probs = (x.to(device) for x in make(dtype=half))
+def test_half_precision_is_computed_in_float32(half, K, device):
+    images, probs = (x.to(device) for x in make(K=K, dtype=half))
     with torch.autocast(device, half):
         torch.testing.assert_close(dense_crf(images, probs), dense_crf(images, probs.float()), rtol=0, atol=0)
     lattice = PermutohedralLattice(torch.linspace(0, 1, 8, device=device, dtype=half)[:, None])
-    assert lattice.filter(torch.ones(8, 2, device=device, dtype=half)).dtype == torch.float32
+    assert lattice.filter(torch.ones(8, K - 1, device=device, dtype=half)).dtype == torch.float32
 
 
-def test_deterministic_algorithms_repeat_bit_for_bit(device):
-    images, probs = (x.to(device) for x in make(H=40, W=50, dtype=torch.float32))
+@classes
+def test_deterministic_algorithms_repeat_bit_for_bit(K, device):
+    images, probs = (x.to(device) for x in make(K=K, H=40, W=50, dtype=torch.float32))
 
     def run() -> tuple[Tensor, Tensor]:
         leaf = probs.clone().requires_grad_()
@@ -302,8 +319,9 @@ def test_degenerate_images(H, W, K, constant, device):
     assert probs.grad.isfinite().all()
 
 
-def test_certain_and_impossible_classes_are_finite():
-    images, probs = make(dtype=torch.float32)
+@classes
+def test_certain_and_impossible_classes_are_finite(K):
+    images, probs = make(K=K, dtype=torch.float32)
     q = dense_crf(images, probs.round())
     torch.testing.assert_close(q.sum(1), torch.ones_like(q[:, 0]))
 
