@@ -83,13 +83,13 @@ class PermutohedralLattice:
         self.slice_cells = corner_cells.index_select(0, torch.empty_like(order).index_copy_(0, order, simplex))
         self.slice_weights = weights.mT.contiguous().div_(1 + 2.0**-d)  # (P, d + 1)
         self.slice_offsets = _offsets(self.slice_cells)
-        self.blur_cells = [_neighbours(cells, shift).to(index) for shift in shifts]  # d + 1 of (M + 1, 3)
+        self.blur_cells = [_neighbours(cells, shift, index) for shift in shifts]  # d + 1 of (M + 1, 3)
 
     def filter(self, values: Tensor) -> Tensor:
         """Return the filtered values, (P, C) -> (P, C), differentiable, in float32 for half precision."""
         hint = "One row a point of the features."
         check_tensor("values", values, "PC", like=self.slice_weights, hint=hint, P=len(self.slice_cells))
-        return filtered([self], promote(values))
+        return filtered(self, promote(values))
 
     def scale_(self, scale: Tensor) -> None:
         """Let the lattice scale its values by `scale` (P,), before it filters them and after."""
@@ -97,14 +97,14 @@ class PermutohedralLattice:
         self.slice_weights *= scale[:, None]
 
 
-def filtered(lattices: Sequence[PermutohedralLattice], values: Tensor, reverse: bool = False) -> Tensor:
-    """Return the sum of what the lattices, or their transposes, make of the values (P, C), differentiable."""
-    result: Tensor = _Filter.apply(values, lattices, reverse)
+def filtered(lattice: PermutohedralLattice, values: Tensor, reverse: bool = False) -> Tensor:
+    """Return what the lattice's filter, or its transpose, makes of the values (P, C), differentiable."""
+    result: Tensor = _Filter.apply(values, lattice, reverse)
     return result
 
 
 def joined(lattices: Sequence[PermutohedralLattice]) -> PermutohedralLattice:
-    """Return the lattice whose filter is the sum of theirs, at one set of points: faster for many channels."""
+    """Return the lattice whose filter is the sum of theirs, at one set of points, and takes less time."""
     lattices = sorted(lattices, key=lambda lattice: len(lattice.blur_cells), reverse=True)
     lattice = copy(lattices[0])
     if len(lattices) == 1:
@@ -116,7 +116,7 @@ def joined(lattices: Sequence[PermutohedralLattice]) -> PermutohedralLattice:
     lattice.splat_weights = torch.cat([one.splat_weights for one in lattices])
     for name in ("cell_offsets", "part_offsets", "splat_offsets"):
         setattr(lattice, name, _chain([getattr(one, name) for one in lattices]).to(index))
-    cells = [one.slice_cells + n for one, n in zip(lattices, before, strict=True)]
+    cells = [one.slice_cells + n if n else one.slice_cells for one, n in zip(lattices, before, strict=True)]
     lattice.slice_cells = torch.cat(cells, dim=1).to(index)
     lattice.slice_weights = torch.cat([one.slice_weights for one in lattices], dim=1)
     lattice.slice_offsets = _offsets(lattice.slice_cells)
@@ -133,17 +133,13 @@ class _Filter(torch.autograd.Function):
     """The filter is slice @ blur @ splat; its transpose is the same with the axes' order reversed."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, lattices: Sequence[PermutohedralLattice], reverse: bool) -> Tensor:
-        ctx.lattices, ctx.reverse = lattices, reverse
-        first, *others = lattices
-        result = _read(first, _blurred(first, values, reverse))
-        for lattice in others:
-            result += _read(lattice, _blurred(lattice, values, reverse))
-        return result
+    def forward(ctx: Any, values: Tensor, lattice: PermutohedralLattice, reverse: bool) -> Tensor:
+        ctx.lattice, ctx.reverse = lattice, reverse
+        return _read(lattice, _blurred(lattice, values, reverse))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return filtered(ctx.lattices, grads[0], not ctx.reverse), None, None
+        return filtered(ctx.lattice, grads[0], not ctx.reverse), None, None
 
 
 def _blurred(lattice: PermutohedralLattice, values: Tensor, reverse: bool) -> Tensor:
@@ -263,13 +259,15 @@ def _chain(offsets: list[Tensor]) -> Tensor:
     return torch.cat([*starts, ends[-1:]])
 
 
-def _neighbours(cells: Tensor, shift: int) -> Tensor:
+def _neighbours(cells: Tensor, shift: int, index: torch.dtype) -> Tensor:
     """Return rows (M + 1, 3): the cell and its two neighbours, M where there is none."""
     M = len(cells)
-    rows = torch.arange(M + 1, device=cells.device)
-    found = torch.searchsorted(cells, cells + shift).clamp(max=M - 1)
-    after = rows.new_full((M + 1,), M)
-    after[:M] = found.where(cells[found] == cells + shift, M)
-    before = torch.full_like(after, M).index_put_((after,), rows)
-    before[M] = M  # where those without a neighbour wrote
-    return torch.stack([rows, after, before], dim=1)
+    rows = torch.arange(M + 1, dtype=index, device=cells.device)
+    neighbours = torch.stack([rows, torch.full_like(rows, M), torch.full_like(rows, M)], dim=1)
+    sought = cells + shift
+    found = torch.searchsorted(cells, sought).clamp_(max=M - 1)
+    after = torch.where(cells.index_select(0, found) == sought, found, M)
+    neighbours[:M, 1] = after
+    neighbours[:, 2].index_copy_(0, after, rows[:M])
+    neighbours[M, 2] = M  # where those without a neighbour wrote
+    return neighbours
