@@ -71,6 +71,7 @@ class PermutohedralLattice:
         *strides, count = strides_of_keys(corner[:d])
         shifts = [(d + 1) * stride - sum(strides) for stride in [*strides, 0]]  # of keys, along d + 1 axes
         keys = corner_keys(corner.index_select(1, one), rank.index_select(1, one), strides, count)  # (d + 1, U)
+        del corner, rank, one  # a quarter of what is at hand
         pairs, cell, shared, cells = _group(keys.flatten())  # pairs of a remainder and a simplex, by cell
         entry, ends = _by_cell(sizes, pairs, P)
         index = entry.dtype

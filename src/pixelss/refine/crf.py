@@ -135,7 +135,9 @@ def _infer(
             levels = images[start].flatten(1).to(probs.dtype)  # (3, HW)
             features = torch.cat([_positions(H, W, probs) / bilateral[0], levels / bilateral[1]])  # (5, HW)
             kernels = [*smoothness, _kernel(features.mT, bilateral[2])]
-        results.append(_mean_field(p[start:stop], kernels, iterations))
+        lattice = joined(kernels) if kernels and iterations else None
+        del kernels  # copied
+        results.append(_mean_field(p[start:stop], lattice, iterations))
     return torch.cat(results).view_as(probs) if results else probs
 
 
@@ -162,12 +164,11 @@ def _kernel(features: Tensor, compat: float) -> PermutohedralLattice:
     return lattice
 
 
-def _mean_field(p: Tensor, kernels: list[PermutohedralLattice], iterations: int) -> Tensor:
+def _mean_field(p: Tensor, lattice: PermutohedralLattice | None, iterations: int) -> Tensor:
     """Return Q (S, K, P) of S label sets p, which the filters take as one, after `iterations` steps."""
     q = p / p.sum(1, keepdim=True)
-    if not (kernels and iterations):
+    if lattice is None:
         return q
-    lattice = joined(kernels)
     if p.shape[1] == 2:
         return _of_two_classes(p, lattice, iterations)
     q, log_p = (x.permute(2, 0, 1).contiguous() for x in (q, p.log()))  # (P, S, K)
