@@ -130,15 +130,21 @@ def _infer(
     first = [b for b in range(B) if b == 0 or not torch.equal(images[b], images[b - 1])]
     results = []
     for start, stop in pairwise([*first, B]):
-        kernels = smoothness
-        if bilateral:
-            levels = images[start].flatten(1).to(probs.dtype)  # (3, HW)
-            features = torch.cat([_positions(H, W, probs) / bilateral[0], levels / bilateral[1]])  # (5, HW)
-            kernels = [*smoothness, _kernel(features.mT, bilateral[2])]
-        lattice = joined(kernels) if kernels and iterations else None
-        del kernels  # copied
+        lattice = _lattice(images[start], probs, smoothness, bilateral)
         results.append(_mean_field(p[start:stop], lattice, iterations))
+        del lattice  # before the next is built
     return torch.cat(results).view_as(probs) if results else probs
+
+
+def _lattice(
+    image: Tensor, like: Tensor, kernels: list[PermutohedralLattice], bilateral: tuple[float, float, float] | None
+) -> PermutohedralLattice | None:
+    """Return the given kernels and the image's bilateral one as one lattice, None where there are none."""
+    if bilateral:
+        (_, H, W), (sxy, srgb, compat) = image.shape, bilateral
+        position, level = _positions(H, W, like), image.flatten(1).to(like.dtype)
+        kernels = [*kernels, _kernel(torch.cat([position / sxy, level / srgb]).mT, compat)]  # of (HW, 5)
+    return joined(kernels) if kernels else None
 
 
 def _smoothness(H: int, W: int, gaussian: tuple[float, float], like: Tensor) -> PermutohedralLattice:
@@ -167,7 +173,7 @@ def _kernel(features: Tensor, compat: float) -> PermutohedralLattice:
 def _mean_field(p: Tensor, lattice: PermutohedralLattice | None, iterations: int) -> Tensor:
     """Return Q (S, K, P) of S label sets p, which the filters take as one, after `iterations` steps."""
     q = p / p.sum(1, keepdim=True)
-    if lattice is None:
+    if lattice is None or iterations == 0:
         return q
     if p.shape[1] == 2:
         return _of_two_classes(p, lattice, iterations)
