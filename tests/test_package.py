@@ -64,7 +64,7 @@ def test_every_argument_is_documented():
 @pytest.mark.processes
 def test_import_is_light_and_timm_backbone_knows_resnet38_without_another():
     """In one process, for each takes seconds to start."""
-    heavy = ("timm", "torchvision", "matplotlib", "PIL")
+    heavy = ("timm", "torchvision", "matplotlib", "PIL", "torch._dynamo")
     code = (
         "import sys, torch, pixelss.backbones.checkpoints, pixelss.cam.classifier, pixelss.io, pixelss.viz\n"
         f"print([name for name in {heavy} if name in sys.modules])\n"

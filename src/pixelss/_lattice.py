@@ -15,6 +15,7 @@ from torch.nn.functional import embedding_bag
 
 from pixelss._checks import check_tensor
 from pixelss._dtype import promote
+from pixelss._graphs import outside_graphs
 from pixelss._simplices import corner_keys, enclosing_simplex, narrow, simplex_keys, strides_of_keys
 
 _PART = 64  # points that are summed one after the other
@@ -61,7 +62,7 @@ class PermutohedralLattice:
             )
         self._build(features)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # it takes a minute, and gains nothing
+    @outside_graphs  # it takes a minute, and gains nothing
     def _build(self, features: Tensor) -> None:
         P, d = features.shape
         corner, rank, weights = enclosing_simplex(features)

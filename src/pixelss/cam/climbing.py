@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pixelss._checks import TAGS_HINT, check_count, check_number, check_tensor
 from pixelss._dtype import activation, full_precision, promote
+from pixelss._graphs import outside_graphs
 from pixelss.cam.head import CAMOutput
 from pixelss.cam.scales import output_of
 
@@ -77,7 +78,7 @@ def climb_cam(
     return total
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # it differentiates a part of the graph
+@outside_graphs  # it differentiates a part of the graph
 def _add_up(
     model: Callable[[Tensor], CAMOutput],
     images: Tensor,

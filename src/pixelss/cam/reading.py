@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pixelss._graphs import outside_graphs
+
 INSTEAD = "Train a CAMHead on its features instead: nn.Sequential(timm_backbone(name), CAMHead(...))."
 
 
@@ -74,7 +76,7 @@ def _watch(module: nn.Module) -> Iterator[list[Any]]:
         handle.remove()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # it cannot be traced
+@outside_graphs  # it cannot be traced
 def _thread() -> int:
     return threading.get_ident()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pixelss._checks import check_images, check_integer, check_nonnegative, check_positive, check_tensor, outside_unit
 from pixelss._dtype import promote
+from pixelss._graphs import outside_graphs
 from pixelss._lattice import PermutohedralLattice, filtered, joined
 
 _CLIP = 1e-5
@@ -115,7 +116,7 @@ class DenseCRF(nn.Module):
         return f"iterations={self.iterations}, gaussian={self.gaussian}, bilateral={self.bilateral}"
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # it takes minutes, and gains nothing
+@outside_graphs  # it takes minutes, and gains nothing
 def _infer(
     images: Tensor,
     probs: Tensor,
