@@ -163,6 +163,13 @@ def test_keys_are_sorted_however_long(keys, dtype):
     assert order.tolist() == stable.tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_short_keys_are_sorted_by_numpy(dtype, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "sort", None)
+    ordered, order = _sorted(torch.tensor([5, 3, 5, 2**30], dtype=dtype))
+    assert (ordered.tolist(), order.tolist()) == ([3, 5, 5, 2**30], [1, 0, 2, 3])
+
+
 @pytest.mark.parametrize(
     ("features", "error"),
     [

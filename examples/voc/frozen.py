@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +12,32 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 Forward = Callable[[Tensor], Tensor]
-Seen = dict[tuple[str, torch.Size], tuple[Tensor, Tensor]]  # a layer's name, its input's size -> input, output
+
+
+class Pass(NamedTuple):
+    """What a layer of the student was given and returned, and how often each had been written to."""
+
+    given: Tensor
+    returned: Tensor
+    versions: tuple[int, int]
+
+
+Seen = dict[tuple[str, torch.Size], Pass]  # by the layer's name and its input's size
 
 
 def share_frozen_layers(student: nn.Module, teacher: nn.Module) -> Seen:
     """Let the teacher take what the student's frozen first layers returned, where it sees the same images.
 
     They are the layers whose output asks for no gradient while the student trains. Their numbers are the teacher's
-    too, to the bit: it is an average of equal weights. A layer of the teacher knows its input among the student's by
-    identity; the first compares the images, which costs a thousandth of a step on a CPU and would make a GPU wait.
+    too, to the bit: it is an average of equal weights. A layer of the teacher compares its input with the student's,
+    which costs a thousandth of a step on a CPU and would make a GPU wait; what was written to since is not taken.
 
     Args:
-        student: passes first; the forward of its frozen layers is replaced.
+        student: as it trains, passes first, under the teacher's autocast; the forward of its frozen layers is replaced.
         teacher: its copy, the same there.
 
     Returns:
-        What the student's layers keep, until the teacher takes it or the student's next pass.
+        What the student's layers keep, until the teacher takes it or the student's next pass of that size.
     """
     seen: Seen = {}
     twins = dict(teacher.named_modules())
@@ -54,10 +65,12 @@ def frozen_layers(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
 def _keep(seen: Seen, name: str, forward: Forward, x: Tensor) -> Tensor:
     out = forward(x)
     if torch.is_grad_enabled() and not out.requires_grad:
-        seen[name, x.shape] = x, out
+        seen[name, x.shape] = Pass(x, out, (x._version, out._version))
     return out
 
 
 def _take(seen: Seen, name: str, forward: Forward, x: Tensor) -> Tensor:
-    before, out = seen.pop((name, x.shape), (None, x))
-    return out if before is not None and (before is x or torch.equal(before, x)) else forward(x)
+    before = seen.pop((name, x.shape), None)
+    if before is None or before.versions != (before.given._version, before.returned._version):
+        return forward(x)  # an activation in place wrote to it
+    return before.returned.clone() if torch.equal(before.given, x) else forward(x)

@@ -77,8 +77,7 @@ class Objective:
         device = next(student.parameters()).device
         taught = any(weight > 0 for name, weight in self.weights.items() if name != "cls")
         eager_cpu = device.type == "cpu" and not config.compile
-        if taught and eager_cpu:
-            share_frozen_layers(student, self.teacher.module)
+        self.unshared = taught and eager_cpu
         for name, term in self.terms.items():
             if shared := self.modules.keys() & term.modules.keys():
                 raise ValueError(f"The term {name} must name its modules as no other does, but has {sorted(shared)}.")
@@ -90,6 +89,9 @@ class Objective:
             term.prepare(run)
 
     def __call__(self, student: nn.Module, batch: Batch, step: int, report: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.unshared:  # now that checkpoints are loaded and norms set
+            share_frozen_layers(getattr(student, "module", student), self.teacher.module)
+            self.unshared = False
         active = {name: term for name, term in self.terms.items() if step >= term.start}
         scales = sorted({scale for term in active.values() for scale in term.scales})
         refined = any(term.refined for term in active.values())

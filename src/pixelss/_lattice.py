@@ -176,7 +176,8 @@ def _offsets(rows: Tensor) -> Tensor:
 def _sums(table: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the sum of weight * row of the table (N, C) over each run of the index, (len(offsets) - 1, C)."""
     if weights is not None and _by_products(table):
-        matrix = torch.sparse_csr_tensor(offsets, index, weights, (len(offsets) - 1, len(table)))
+        size = (len(offsets) - 1, len(table))
+        matrix = torch.sparse_csr_tensor(offsets, index, weights, size, device=table.device)
         return torch.mv(matrix, table[:, 0])[:, None]
     return embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
@@ -189,11 +190,11 @@ def _by_products(table: Tensor) -> bool:
 @lru_cache(maxsize=1)
 def _has_products() -> bool:
     """Return whether this torch can multiply sparse matrices, which needs MKL; its warning of a beta is dropped."""
-    one = torch.ones(1)
+    one = torch.ones(1, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return bool(torch.mv(torch.sparse_csr_tensor([0, 1], [0], one), one) == 1)
+            return bool(torch.mv(torch.sparse_csr_tensor([0, 1], [0], one, device=one.device), one) == 1)
         except RuntimeError:
             return False
 
@@ -208,10 +209,10 @@ def _group(keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _sorted(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Return the keys, none below 0, sorted, and the order that sorts them."""
     bits = len(keys).bit_length()
-    if keys.device.type != "cpu" or keys.max() >= 2 ** (63 - bits):
+    if keys.device.type != "cpu" or keys.max().item() >= 2 ** (63 - bits):
         return keys.sort(stable=True)
     # numpy sorts 64 bits, the key's and the place's, in a fifth of the time that torch takes.
-    both = (keys.long() << bits).add_(torch.arange(len(keys)))
+    both = (keys.long() << bits).add_(torch.arange(len(keys), device=keys.device))
     both.numpy().sort()
     return both >> bits, both & 2**bits - 1
 

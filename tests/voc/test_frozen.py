@@ -92,3 +92,30 @@ def test_a_teacher_of_other_weights_is_refused() -> None:
     student[0][0][0].weight.mul_(2)
     with pytest.raises(ValueError, match=r"teacher must be a copy of student, but differs from it in 0\.0\."):
         share_frozen_layers(student, teacher.module)
+
+
+def test_what_was_written_to_in_place_is_not_taken() -> None:
+    layers = [nn.Conv2d(3, 4, 3).requires_grad_(False), nn.SiLU(inplace=True), nn.Conv2d(4, 2, 3)]
+    student = nn.Sequential(*layers)
+    teacher = EMATeacher(student)
+    images = torch.rand(2, 3, 8, 8)
+    expected = teacher(images)
+    share_frozen_layers(student, teacher.module)
+    out = student(images)
+    assert_close(teacher(images), expected, rtol=0, atol=0)
+    out.sum().backward()  # nothing that it saved was written to
+    student(images)
+    images.mul_(2)
+    doubled = teacher(images)
+    assert_close(doubled, teacher(images), rtol=0, atol=0)
+
+
+def test_the_teacher_may_write_to_what_it_takes() -> None:
+    student = nn.Sequential(nn.Conv2d(3, 4, 3).requires_grad_(False), nn.Conv2d(4, 2, 3))
+    teacher = EMATeacher(student)
+    share_frozen_layers(student, teacher.module)
+    teacher.module[0].register_forward_hook(lambda module, args, out: out.zero_())
+    images = torch.rand(2, 3, 8, 8)
+    out = student(images)
+    teacher(images)
+    out.sum().backward()
