@@ -45,7 +45,10 @@ def share_frozen_layers(student: nn.Module, teacher: nn.Module) -> Seen:
         twin = twins[name]
         for own, other in zip(layer.state_dict().values(), twin.state_dict().values(), strict=True):
             if not torch.equal(own, other):
-                raise ValueError(f"teacher must be a copy of student, but differs from it in {name}.")
+                raise ValueError(
+                    f"teacher must be a copy of student, but differs from it in {name}. Was the checkpoint made with "
+                    "other frozen layers? Train into a new folder."
+                )
         layer.forward = partial(_keep, seen, name, layer.forward)
         twin.forward = partial(_take, seen, name, twin.forward)
     return seen
