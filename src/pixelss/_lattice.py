@@ -9,6 +9,7 @@ from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -80,7 +81,7 @@ class PermutohedralLattice:
         self.splat_weights = weights.index_select(1, order).flatten().index_select(0, entry)
         ends = torch.cat([ends.new_zeros(1), ends[shared.cumsum(0) - 1], ends[-1:]])  # one more cell, empty: row M is 0
         self.cell_offsets = ends
-        self.part_offsets, self.splat_offsets = _parts(ends)
+        self.parts = _parts(ends) if features.device.type != "cpu" else None
         corner_cells = torch.empty_like(cell).index_copy_(0, pairs, cell).to(index).view_as(keys).mT.contiguous()
         self.slice_cells = corner_cells.index_select(0, torch.empty_like(order).index_copy_(0, order, simplex))
         self.slice_weights = weights.mT.contiguous().div_(1 + 2.0**-d)  # (P, d + 1)
@@ -116,8 +117,9 @@ def joined(lattices: Sequence[PermutohedralLattice]) -> PermutohedralLattice:
     index = narrow(sum(len(one.splat_points) for one in lattices))
     lattice.splat_points = torch.cat([one.splat_points for one in lattices]).to(index)
     lattice.splat_weights = torch.cat([one.splat_weights for one in lattices])
-    for name in ("cell_offsets", "part_offsets", "splat_offsets"):
-        setattr(lattice, name, _chain([getattr(one, name) for one in lattices]).to(index))
+    lattice.cell_offsets = _chain([one.cell_offsets for one in lattices]).to(index)
+    if lattice.parts:
+        lattice.parts = tuple(_chain(list(offsets)).to(index) for offsets in zip(*(one.parts for one in lattices)))
     cells = [one.slice_cells + n if n else one.slice_cells for one, n in zip(lattices, before, strict=True)]
     lattice.slice_cells = torch.cat(cells, dim=1).to(index)
     lattice.slice_weights = torch.cat([one.slice_weights for one in lattices], dim=1)
@@ -147,18 +149,22 @@ class _Filter(torch.autograd.Function):
 def _blurred(lattice: PermutohedralLattice, values: Tensor, reverse: bool) -> Tensor:
     """Return the table of the lattice's M cells, and of an empty one, of the values (P, C), (M + 1, C)."""
     weights = lattice.splat_weights.to(values.dtype)
-    if _by_products(values):
-        table = _sums(values, lattice.splat_points, lattice.cell_offsets, weights)
+    if lattice.parts:
+        of_parts, offsets = lattice.parts
+        parts = _sums(values.contiguous(), lattice.splat_points, offsets, weights)
+        table = _sums(parts, torch.arange(len(parts), dtype=of_parts.dtype, device=parts.device), of_parts)
     else:
-        parts = _sums(values.contiguous(), lattice.splat_points, lattice.splat_offsets, weights)
-        rows = torch.arange(len(parts), dtype=lattice.part_offsets.dtype, device=parts.device)
-        table = _sums(parts, rows, lattice.part_offsets)
+        table = _sums(values.contiguous(), lattice.splat_points, lattice.cell_offsets, weights)
     weights = values.new_full((len(table), 3), 0.5)
     weights[:, 0] = 1
     offsets = _offsets(lattice.blur_cells[0])  # no later axis has more cells
     for cells in reversed(lattice.blur_cells) if reverse else lattice.blur_cells:
         n = len(cells)
-        table[:n] = _sums(table[:n], cells.view(-1), offsets[: n + 1], weights[:n].view(-1))
+        blurred = _sums(table[:n], cells.view(-1), offsets[: n + 1], weights[:n].view(-1))
+        if n == len(table):
+            table = blurred
+        else:
+            table[:n] = blurred
     return table
 
 
@@ -268,9 +274,18 @@ def _neighbours(cells: Tensor, shift: int, index: torch.dtype) -> Tensor:
     rows = torch.arange(M + 1, dtype=index, device=cells.device)
     neighbours = torch.stack([rows, torch.full_like(rows, M), torch.full_like(rows, M)], dim=1)
     sought = cells + shift
-    found = torch.searchsorted(cells, sought).clamp_(max=M - 1)
+    found = _places(cells, sought).clamp_(max=M - 1)
     after = torch.where(cells.index_select(0, found) == sought, found, M)
     neighbours[:M, 1] = after
     neighbours[:, 2].index_copy_(0, after, rows[:M])
     neighbours[M, 2] = M  # where those without a neighbour wrote
     return neighbours
+
+
+def _places(cells: Tensor, sought: Tensor) -> Tensor:
+    """Return how many cells are below each of the sought keys; both ascend."""
+    if cells.device.type != "cpu":
+        return torch.searchsorted(cells, sought)
+    # numpy's stable sort merges two ascending runs, in a third of the time of as many searches.
+    order = np.concatenate([sought.numpy(), cells.numpy()]).argsort(kind="stable")
+    return torch.from_numpy(np.flatnonzero(order < len(sought))) - torch.arange(len(sought), device="cpu")
