@@ -118,8 +118,10 @@ def joined(lattices: Sequence[PermutohedralLattice]) -> PermutohedralLattice:
     lattice.splat_points = torch.cat([one.splat_points for one in lattices]).to(index)
     lattice.splat_weights = torch.cat([one.splat_weights for one in lattices])
     lattice.cell_offsets = _chain([one.cell_offsets for one in lattices]).to(index)
-    if lattice.parts:
-        lattice.parts = tuple(_chain(list(offsets)).to(index) for offsets in zip(*(one.parts for one in lattices)))
+    of_all = [one.parts for one in lattices if one.parts]
+    if of_all:
+        of_parts, offsets = (_chain(list(of_each)).to(index) for of_each in zip(*of_all, strict=True))
+        lattice.parts = of_parts, offsets
     cells = [one.slice_cells + n if n else one.slice_cells for one, n in zip(lattices, before, strict=True)]
     lattice.slice_cells = torch.cat(cells, dim=1).to(index)
     lattice.slice_weights = torch.cat([one.slice_weights for one in lattices], dim=1)
