@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pixelss import PermutohedralLattice
-from pixelss._lattice import _has_products, _sorted
+from pixelss._lattice import _has_products, _places, _sorted
 from tests.blocks import Block
 from tests.strategies import Batch
 
@@ -135,6 +135,25 @@ def test_a_channel_alone_is_filtered_as_among_others(device):
     torch.testing.assert_close(
         torch.cat([lattice.filter(one[:, None]) for one in values.unbind(1)], 1), lattice.filter(values)
     )
+
+
+def test_cells_are_summed_by_parts_as_on_a_gpu(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    points, values = torch.randn(3000, 3, generator=g), torch.rand(3000, 2, generator=g)
+    whole = PermutohedralLattice(points)
+    monkeypatch.setattr("pixelss._lattice.launches_cost", lambda x: True)
+    lattice = PermutohedralLattice(points)
+    of_parts, ends = lattice.parts
+    assert whole.parts is None
+    assert ends.diff().max() == 64
+    assert of_parts.diff().max() > 1
+    torch.testing.assert_close(lattice.filter(values), whole.filter(values))
+
+
+@given(cells=st.lists(st.integers(0, 50), min_size=1, unique=True), shift=st.integers(-60, 60))
+def test_places_are_those_of_a_search(cells, shift):
+    cells = torch.tensor(sorted(cells))
+    assert torch.equal(_places(cells, cells + shift), torch.searchsorted(cells, cells + shift))
 
 
 def test_looking_for_sparse_products_warns_nobody_and_may_fail(monkeypatch):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import zip_longest
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch.nn.functional import embedding_bag
 from pixelss._checks import check_tensor
 from pixelss._dtype import promote
 from pixelss._graphs import outside_graphs
+from pixelss._pieces import launches_cost
 from pixelss._simplices import corner_keys, enclosing_simplex, narrow, simplex_keys, strides_of_keys
 
 _PART = 64  # points that are summed one after the other
+_FEW = 8  # columns whose sum takes torch longer than a product
 
 
 class PermutohedralLattice:
@@ -81,7 +83,7 @@ class PermutohedralLattice:
         self.splat_weights = weights.index_select(1, order).flatten().index_select(0, entry)
         ends = torch.cat([ends.new_zeros(1), ends[shared.cumsum(0) - 1], ends[-1:]])  # one more cell, empty: row M is 0
         self.cell_offsets = ends
-        self.parts = _parts(ends) if features.device.type != "cpu" else None
+        self.parts = _parts(ends) if launches_cost(features) else None
         corner_cells = torch.empty_like(cell).index_copy_(0, pairs, cell).to(index).view_as(keys).mT.contiguous()
         self.slice_cells = corner_cells.index_select(0, torch.empty_like(order).index_copy_(0, order, simplex))
         self.slice_weights = weights.mT.contiguous().div_(1 + 2.0**-d)  # (P, d + 1)
@@ -188,6 +190,17 @@ def _sums(table: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None 
         matrix = torch.sparse_csr_tensor(offsets, index, weights, size, device=table.device)
         return torch.mv(matrix, table[:, 0])[:, None]
     return embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def row_sums(like: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what sums tensors as large as `like` over their last axis, (..., K) -> (..., 1)."""
+    *rows, K = like.shape
+    entries = like.view(-1, 1)
+    if K > _FEW or not _by_products(entries):
+        return partial(torch.sum, dim=-1, keepdim=True)
+    index = torch.arange(len(entries), dtype=narrow(len(entries) + 1), device=like.device)
+    offsets, ones = _offsets(index.view(-1, K)), torch.ones_like(index, dtype=like.dtype)
+    return lambda x: _sums(x.view(-1, 1), index, offsets, ones).view(*rows, 1)
 
 
 def _by_products(table: Tensor) -> bool:

@@ -193,12 +193,23 @@ def test_probabilities_sum_to_one_at_any_precision_of_products():
     torch.testing.assert_close(q.sum(1), torch.ones_like(q[:, 0]), rtol=0, atol=1e-5)
 
 
-def test_a_torch_without_sparse_products_gives_the_same(monkeypatch):
-    images, probs = make(B=2, K=2, H=20, W=30)
+@classes
+def test_a_torch_without_sparse_products_gives_the_same(K, monkeypatch):
+    images, probs = make(B=2, K=K, H=20, W=30)
     expected = dense_crf(images, probs)
     monkeypatch.setattr("pixelss._lattice._has_products", lambda: False)
     monkeypatch.setattr("torch.sparse_csr_tensor", None)
     torch.testing.assert_close(dense_crf(images, probs), expected)
+
+
+@classes
+def test_both_kernels_are_summed_by_parts_as_on_a_gpu(K, monkeypatch):
+    images, probs = make(K=K, H=20, W=30)
+    expected = dense_crf(images, probs)
+    crf._kept_smoothness.cache_clear()
+    monkeypatch.setattr("pixelss._lattice.launches_cost", lambda x: True)
+    torch.testing.assert_close(dense_crf(images, probs), expected)
+    crf._kept_smoothness.cache_clear()
 
 
 @pytest.mark.parametrize("K", [2, 3])
