@@ -30,7 +30,7 @@ def share_frozen_layers(student: nn.Module, teacher: nn.Module) -> Seen:
 
     They are the layers whose output asks for no gradient while the student trains. Their numbers are the teacher's
     too, to the bit: it is an average of equal weights. A layer of the teacher compares its input with the student's,
-    which costs a thousandth of a step on a CPU and would make a GPU wait; what was written to since is not taken.
+    which costs a hundredth of a step on a CPU and would make a GPU wait; what was written to since is not taken.
 
     Args:
         student: as it trains, passes first, under the teacher's autocast; the forward of its frozen layers is replaced.
