@@ -23,6 +23,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import jsonargparse
@@ -61,6 +62,7 @@ def load_config(files: Sequence[Path], settings: Sequence[str] = ()) -> Config:
     return config
 
 
+@cache
 def _settings_parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False)
     parser.add_argument("--config", action="config")
