@@ -10,7 +10,7 @@ import importlib
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import product
 from types import SimpleNamespace
@@ -55,13 +55,16 @@ BLOCKS = {name: block for name, block in blocks().items() if name not in WRAPPER
 LOSSES = [name for name in BLOCKS if run_once(name)[0].ndim == 0]
 ORACLES = [name for name, block in BLOCKS.items() if block.oracle]
 FIXED_SHAPE = [name for name, block in BLOCKS.items() if "no wait" not in block.but]
+OF_A_STEP = [name for name, block in BLOCKS.items() if name in LOSSES or block.inductor or block.compiled_by]
 
 
-def every_block(promise: str = "", *, reads: tuple[str, ...] = Batch._fields) -> pytest.MarkDecorator:
+def every_block(
+    promise: str = "", *, reads: tuple[str, ...] = Batch._fields, among: Collection[str] = BLOCKS
+) -> pytest.MarkDecorator:
     """Every block that reads one of these fields; one that is let off must break the promise, or its reason is none."""
     let_off = {name: block.but[promise] for name, block in BLOCKS.items() if promise in block.but}
     marks = {name: [pytest.mark.xfail(reason=reason, strict=True)] for name, reason in let_off.items()}
-    concerned = [name for name in BLOCKS if name in let_off or set(run_once(name)[1]) & set(reads)]
+    concerned = [name for name in BLOCKS if name in let_off or (name in among and set(run_once(name)[1]) & set(reads))]
     return pytest.mark.parametrize("name", [pytest.param(name, marks=marks.get(name, [])) for name in concerned])
 
 
@@ -199,7 +202,7 @@ def test_gradcheck(name, monkeypatch):
 # Compiled, and in any precision
 
 
-@every_block("compile")
+@every_block("compile", among=OF_A_STEP)
 def test_compiled_equals_eager(name, device):
     if other := BLOCKS[name].compiled_by:
         assert other.split()[0] == name.split()[0]
@@ -209,7 +212,7 @@ def test_compiled_equals_eager(name, device):
         check_compiled(name, "aot_eager" if BLOCKS[name].inductor else "eager", device)
 
 
-@pytest.mark.slow  # the graphs are those of the test above, and tracing their backward passes doubles its time
+@pytest.mark.slow  # what no training step compiles too, and all with their backward passes: four times the time above
 @pytest.mark.parametrize(
     "name",
     [name for name, block in BLOCKS.items() if not (block.inductor or block.compiled_by or "compile" in block.but)],
@@ -228,7 +231,7 @@ def check_compiled(name: str, backend: str, device: str) -> None:
     torch.compiler.reset()
     entry, fixed = BLOCKS[name], name in FIXED_SHAPE
     one = {} if fixed or entry.inductor else {"images": 1}  # what counts its inputs is compiled anew for each image
-    batch = convert(make_batch(dtype=torch.float32, **one), device)
+    batch = convert(make_batch(dtype=torch.float32, scales=(2, 2), **one), device)
     block = entry.on(batch)
     # What is let off need not fall into pieces first, of which a lattice has dozens
     compiled = torch.compile(block, fullgraph=fixed or "compile" in entry.but, backend=backend)
