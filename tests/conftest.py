@@ -33,6 +33,8 @@ PIPELINE = re.compile(r"tests/(voc/|test_examples|test_docs)")
 NETWORKS = re.compile(r"tests/(backbones/|cam/test_(classifier|trial))|pixelss/(backbones/|cam/classifier)")
 NOT_UNIT = {"slow", "pipeline", "networks", "processes", "inductor"}
 
+DRAWS = ("kaiming_normal_", "kaiming_uniform_")  # of the weights of convolutions
+
 collect_ignore = ["golden/make_crf.py"]  # a script that needs the extra crf-reference
 
 
@@ -68,7 +70,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
         if not NOT_UNIT & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.unit)
     result = yield
-    items.sort(key=lambda item: item.get_closest_marker("pipeline") is None)  # long ones first, none waits for them
+    # Long ones first, for which none waits then; what starts processes too, whose server one worker alone needs to start
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("pipeline", "processes"))))
     return result
 
 
@@ -117,5 +120,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def no_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave weights as they lie in memory: millions of numbers take seconds to draw."""
-    for name in ("kaiming_normal_", "kaiming_uniform_"):
+    for name in DRAWS:
         monkeypatch.setattr(f"torch.nn.init.{name}", lambda tensor, *_, **__: tensor)
+
+
+@pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the weights of eight channels of a layer and repeat them in the others."""
+    import torch
+
+    for name in DRAWS:
+
+        @torch.no_grad()
+        def drawn(tensor: Any, *arguments: Any, whole: Any = getattr(torch.nn.init, name), **settings: Any) -> Any:
+            whole(tensor[:8], *arguments, **settings)
+            for start in range(8, len(tensor), 8):
+                part = tensor[start : start + 8]
+                part.copy_(tensor[: len(part)])
+            return tensor
+
+        monkeypatch.setattr(torch.nn.init, name, drawn)

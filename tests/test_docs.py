@@ -93,6 +93,7 @@ def test_every_equation_of_a_page_is_in_the_references_of_its_names():
         assert set(stated) <= cited, page.path
 
 
+@pytest.mark.usefixtures("few_draws")
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_code_blocks_run(page):
     torch.manual_seed(0)
@@ -248,10 +249,11 @@ def run_in_two_processes(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=relative)
 def test_recipes_run(path):
-    if path.stem == "lightning_module":
-        pytest.importorskip("lightning", exc_type=ImportError)
     results = run_in_two_processes(path) if path.stem == "several_gpus" else [run_script(path)]
     for result in results:
+        *_, last = result.stderr.splitlines() or [""]
+        if "\n    import lightning\n" in result.stderr and re.match("(Import|ModuleNotFound)Error", last):
+            pytest.skip(last)  # it need not be there; to import it here, and not in the fork alone, takes seconds
         assert result.returncode == 0, result.stderr
     assert "".join(result.stdout for result in results).strip()
 

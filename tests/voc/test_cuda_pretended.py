@@ -28,7 +28,7 @@ def cuda():
         yield
 
 
-@pytest.mark.parametrize(("backbone", "row"), [*(("small", row) for row in UNLIKE), ("resnet38", "MAM+RCM")])
+@pytest.mark.parametrize(("backbone", "row"), [*(("small", row) for row in UNLIKE), ("resnet38", "baseline")])
 def test_step_of_train_cam(backbone, row, cuda, monkeypatch):
     monkeypatch.setattr(field_terms, "load_start", lambda network, folder: None)  # no file lies on a pretended device
     cam = CAM(mam_gate=Gate(iterations=0), start_from=Path("start"))
