@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.blocks import PACKAGE, TESTS
+from tests.processes import run_script
 
 ROOT = TESTS.parent
 PAGE = ROOT / "docs" / "add-a-block.md"
@@ -46,10 +44,19 @@ def copy_with(files: dict[str, str], root: Path) -> None:
 
 def run_tests(root: Path, which: str) -> tuple[int, str]:
     """Run tests in the copy, the doctest of the module among them."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf", "-k", which]
-    command += ["src/pixelss/losses", "tests"]
-    alone = {"PYTHONPATH": str(root / "src"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
-    done = subprocess.run(command, cwd=root, env=os.environ | alone, capture_output=True, text=True)
+    script = root / "run.py"
+    script.write_text(
+        "import os, sys\n"
+        f"os.chdir({str(root)!r})\n"
+        "for name in [name for name in sys.modules if name.split('.')[0] in ('pixelss', 'tests')]:\n"
+        "    del sys.modules[name]  # a fork knows ours\n"
+        "sys.path[:0] = ['src', '.']\n"
+        "import pytest, pixelss\n"
+        f"assert pixelss.__file__.startswith({str(root)!r})\n"
+        "sys.exit(pytest.main(sys.argv[1:]))\n"
+    )
+    command = ["-q", "-p", "no:cacheprovider", "-rf", "-k", which, "src/pixelss/losses", "tests"]
+    done = run_script(script, *command, environment={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""})
     return done.returncode, done.stdout + done.stderr
 
 
@@ -60,7 +67,7 @@ def test_the_example_is_of_the_files_that_the_page_names():
 
 @pytest.mark.processes
 def test_the_example_keeps_every_promise_and_a_block_without_an_entry_is_seen(tmp_path):
-    """In one process, which takes seconds to start."""
+    """In one process, a fork: torch and pytest take seconds to start."""
     twin = {path.replace("quiet", "second"): content.replace("quiet", "second") for path, content in FILES.items()}
     path = "tests/losses/test_second.py"
     twin[path] = re.sub(r"^BLOCKS = .*$", "BLOCKS = {}", twin[path], flags=re.M)
