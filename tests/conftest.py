@@ -9,7 +9,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
         if not NOT_UNIT & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.unit)
     result = yield
-    # Long ones first, for which none waits then; what starts processes too, whose server one worker alone needs to start
+    # Long ones first, none waits for them; what starts processes too, whose server then one worker alone has to start
     items.sort(key=lambda item: not any(map(item.get_closest_marker, ("pipeline", "processes"))))
     return result
 
@@ -129,14 +129,13 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw the weights of eight channels of a layer and repeat them in the others."""
     import torch
 
+    @torch.no_grad()
+    def draw(whole: Any, tensor: Any, *arguments: Any, **settings: Any) -> Any:
+        whole(tensor[:8], *arguments, **settings)
+        for start in range(8, len(tensor), 8):
+            part = tensor[start : start + 8]
+            part.copy_(tensor[: len(part)])
+        return tensor
+
     for name in DRAWS:
-
-        @torch.no_grad()
-        def drawn(tensor: Any, *arguments: Any, whole: Any = getattr(torch.nn.init, name), **settings: Any) -> Any:
-            whole(tensor[:8], *arguments, **settings)
-            for start in range(8, len(tensor), 8):
-                part = tensor[start : start + 8]
-                part.copy_(tensor[: len(part)])
-            return tensor
-
-        monkeypatch.setattr(torch.nn.init, name, drawn)
+        monkeypatch.setattr(torch.nn.init, name, partial(draw, getattr(torch.nn.init, name)))

@@ -96,34 +96,38 @@ def test_epochs_and_iterations():
     assert gate_step(Gate(epochs=6, iterations=0), Schedule(batch=16), 10582) == 0
 
 
-FIELD = ["train_cam", "train_affinity"]  # of other systems
+KINDS = {  # of affinities: those of other systems after the CAM network of others, which both have
+    "features": list(TRAININGS),
+    "path": ["train_cam", "train_affinity"],
+    "zones": ["train_affinity"],
+}
 
 
-def train_in_float64(rank: int, root: str, out: str, start: str, kind: str, stages: list[str]) -> None:
+def train_in_float64(rank: int, root: str, out: str, start: str) -> None:
     torch.set_default_dtype(torch.float64)
-    config = tiny_config()
-    if "train_seg" not in stages:
-        seam = {"er": 1.0, "ecr": 1.0, "minpool": 1.0, "view_scales": (1.0, 0.5)}
-        subcategory = {"subcategory": 5.0, "subclusters": 2, "start_from": Path(start)}
-        config.cam, config.affinity.kind = replace(config.cam, **seam, **subcategory), kind
-    run = open_run(Path(root), Path(out), config)
-    for stage in stages:
-        TRAININGS[stage](run)
+    for kind, stages in KINDS.items():
+        config = tiny_config()
+        if kind != "features":
+            seam = {"er": 1.0, "ecr": 1.0, "minpool": 1.0, "view_scales": (1.0, 0.5)}
+            subcategory = {"subcategory": 5.0, "subclusters": 2, "start_from": Path(start)}
+            config.cam, config.affinity.kind = replace(config.cam, **seam, **subcategory), kind
+        run = open_run(Path(root), Path(out, kind), config)
+        for stage in stages:
+            TRAININGS[stage](run)
 
 
-@pytest.mark.parametrize(
-    ("kind", "stages"), [("features", list(TRAININGS)), ("path", FIELD), ("zones", FIELD)], ids=["own", "path", "zones"]
-)
-def test_two_processes_with_uneven_shares_equal_one(root, whole, tmp_path, kind, stages):
-    runs = [with_labels(open_run(root, tmp_path / name)) for name in ("one", "two")]
-    for run, processes in zip(runs, (1, 2), strict=True):
-        run_processes(
-            train_in_float64, processes, str(root), str(run.out), str(whole.folder("train_cam")), kind, stages
-        )
-    one, two = runs
-    for stage in stages:
+def test_two_processes_with_uneven_shares_equal_one(root, whole, tmp_path):
+    """Whatever is trained, in one start of the processes, which takes as long as a training."""
+    runs = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        runs[processes] = {kind: with_labels(open_run(root, out / kind)) for kind in KINDS}
+        (out / "zones" / "train_cam").symlink_to(out / "path" / "train_cam")
+        run_processes(train_in_float64, processes, str(root), str(out), str(whole.folder("train_cam")))
+    for kind, stage in [(kind, stage) for kind, stages in KINDS.items() for stage in stages]:
+        one, two = (runs[processes][kind] for processes in (1, 2))
         for a, b in zip(metrics(one, stage), metrics(two, stage), strict=True):
             assert a == pytest.approx(b, rel=1e-9, abs=1e-12)
-        weights = [torch.load(run.folder(stage) / "model.pt", weights_only=True) for run in runs]
+        weights = [torch.load(run.folder(stage) / "model.pt", weights_only=True) for run in (one, two)]
         assert_close(weights[0], weights[1], rtol=1e-9, atol=1e-10)  # 3e-12 apart on torch 2.4
         assert next(iter(weights[0].values())).dtype == torch.float64
