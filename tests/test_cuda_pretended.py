@@ -42,7 +42,7 @@ def test_the_pretended_device_refuses_to_wait_and_to_mix(wait, cuda):
 
 @pytest.mark.parametrize("name", FIXED_SHAPE)
 def test_block(name, cuda):
-    batch = convert(make_batch(dtype=torch.float32), "cuda")
+    batch = convert(make_batch(images=2, scales=(2, 2), dtype=torch.float32), "cuda")
     assert devices(BLOCKS[name].on(batch)(batch)) == {"cuda"}
 
 

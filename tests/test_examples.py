@@ -11,6 +11,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,12 +23,14 @@ VOC_MINI = Path(os.environ.get("PIXELSS_VOC_MINI", Path(__file__).parent.parent.
 ROWS = ["baseline", "control", "+RCM", "+MAM", "+RCM+MAM"]
 sys.path.insert(0, str(EXAMPLES))
 
-from quickstart import in_words, pace, parse_args, print_table, read_data  # noqa: E402
 from shapes import CLASSES, VOID, write_shapes  # noqa: E402
 
 from pixelss.examples import _EXTRA, _SUFFIXES, copy_examples, main  # noqa: E402
 from pixelss.viz import voc_palette  # noqa: E402
+from tests.lazily import Lazily  # noqa: E402
 from tests.processes import run_script  # noqa: E402
+
+quickstart: Any = Lazily("quickstart")
 
 
 def run_quickstart(out: Path, *arguments: str) -> str:
@@ -99,8 +102,8 @@ def results_of(**gains: list[float]) -> dict[str, list[list[float]]]:
 def test_the_last_lines_say_what_the_table_says(gains, words, capsys):
     results = results_of(**gains)
     expected = [words[0], *(f"Its best single scale against control is x1.0: {most}." for most in words[1:])]
-    assert in_words(results).splitlines() == expected
-    print_table(results, 120)
+    assert quickstart.in_words(results).splitlines() == expected
+    quickstart.print_table(results, 120)
     lines = capsys.readouterr().out.splitlines()
     assert lines[3 + len(results) :] == expected  # after three lines of heading
     assert max(map(len, lines)) <= 80
@@ -108,7 +111,7 @@ def test_the_last_lines_say_what_the_table_says(gains, words, capsys):
 
 def settings(monkeypatch, *arguments: str) -> Namespace:
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *arguments])
-    return parse_args()
+    return quickstart.parse_args()
 
 
 def test_the_teacher_lags_as_the_paper_s_whatever_the_rate(monkeypatch):
@@ -116,11 +119,11 @@ def test_the_teacher_lags_as_the_paper_s_whatever_the_rate(monkeypatch):
     assert default.alpha == pytest.approx(1 - default.lr / (1 - default.momentum) / 3.3)
     slow = settings(monkeypatch, "--lr", "0.01", "--momentum", "0", "--iterations", "1", "--precision", "float32")
     assert slow.alpha == pytest.approx(0.997, abs=1e-4)  # the paper's
-    assert pace(slow) == "Rows: 1 iterations, distance 0.0, lag 3.3 (in the paper 68 and 3.3); float32."
+    assert quickstart.pace(slow) == "Rows: 1 iterations, distance 0.0, lag 3.3 (in the paper 68 and 3.3); float32."
     own = settings(monkeypatch, "--lr", "0.03", "--alpha", "0.98", "--iterations", "100")
     assert own.alpha == 0.98
-    assert "distance 15.9, lag 15.0" in pace(own)
-    assert "lag inf" in pace(settings(monkeypatch, "--alpha", "1"))
+    assert "distance 15.9, lag 15.0" in quickstart.pace(own)
+    assert "lag inf" in quickstart.pace(settings(monkeypatch, "--alpha", "1"))
 
 
 def test_precision_follows_the_processor(monkeypatch, tmp_path):
@@ -143,7 +146,7 @@ def test_published_weights_are_trained_gently(monkeypatch):
 
 
 def test_the_table_shows_differences_and_spreads(capsys):
-    print_table(results_of(_MAM=[0.5, 1.1]), 120)
+    quickstart.print_table(results_of(_MAM=[0.5, 1.1]), 120)
     assert [line.split()[1:3] for line in capsys.readouterr().out.splitlines()[3:6]] == [
         ["60.0±0.0", "+0.0±0.0"],
         ["60.0±0.0", "70.0±0.0"],  # control against itself says nothing
@@ -156,7 +159,7 @@ def test_classes_and_tags_of_a_folder(listed, tmp_path):
     root = write_shapes(tmp_path / "set", train=12, val=1, size=40)
     if not listed:
         (root / "classes.txt").unlink()
-    data = read_data(Namespace(data=root, backbone="small", score_images=3))
+    data = quickstart.read_data(Namespace(data=root, backbone="small", score_images=3))
     assert data.folder.classes == list(CLASSES)  # sorted, and all of them are seen
     assert len(data.trained) == len(data.tags) == 12
     assert data.scored == data.trained[:3]

@@ -82,6 +82,7 @@ def test_import_is_light_and_timm_backbone_knows_resnet38_without_another(tmp_pa
     assert done.stdout == "False 8\n", done.stderr
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_readme_code_runs():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks

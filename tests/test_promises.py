@@ -19,7 +19,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -255,6 +254,8 @@ OF_ANY_SIZE = {
 
 @pytest.mark.parametrize("name", OF_ANY_SIZE)
 def test_two_graphs_compiled_are_enough_for_images_of_any_size(name):
+    from torch._dynamo.testing import CompileCounter  # which takes a second, in a worker that compiles
+
     torch.compiler.reset()
     counter = CompileCounter()
     compiled = torch.compile(PUBLIC[name], backend=counter, fullgraph=True)
@@ -343,7 +344,7 @@ def bank_after(batch: Batch, bank: PrototypeBank | None = None) -> PrototypeBank
 
 @every_block("no wait")
 def test_no_branch_on_values(name):
-    batch = make_batch()
+    batch = make_batch(images=2, scales=(2, 2))
     block = BLOCKS[name].on(batch)
     with FakeTensorMode(allow_non_fake_inputs=BLOCKS[name].make is not None) as mode:
         value = block(map_batch(lambda x: mode.from_tensor(x).requires_grad_(x.is_floating_point()), batch))

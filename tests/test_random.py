@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 
 from pixelss._random import uniform
 
@@ -34,6 +33,8 @@ def test_draws_are_float32_in_0_to_1(dtype):
 
 def test_compiled_two_graphs_are_enough_for_any_size():
     torch.compiler.reset()
+    from torch._dynamo.testing import CompileCounter  # which takes a second
+
     counter = CompileCounter()
     compiled = torch.compile(lambda x: uniform(*x.shape, like=x, generator=None) + x, backend=counter, fullgraph=True)
     for size in (4, 5, 6, 7):

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
 from pixelss.backbones.any_timm import timm_backbone
 from pixelss.backbones.norms import freeze_norm
+from tests.lazily import Lazily
 from tests.oracles import data_parallel_replica
+
+timm: Any = Lazily("timm")
 
 SIGNATURES = {
     "timm_backbone": "(name, *, output_stride=8, pretrained=False, **kwargs)",

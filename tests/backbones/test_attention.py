@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 from torch import nn
 
 from pixelss import timm_backbone, vit_attention
+from tests.lazily import Lazily
 from tests.oracles import assert_refuses
+
+timm = Lazily("timm")
 
 SIGNATURES = {"vit_attention": "(model, *, blocks=None)"}
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,6 +19,10 @@ from pixelss.backbones.any_timm import timm_backbone
 from pixelss.backbones.checkpoints import load_resnet38, resnet38
 from pixelss.backbones.files import read_weights
 from tests.backbones.test_checkpoints import filled
+from tests.backbones.test_mxnet import META
+from tests.lazily import Lazily
+
+timm: Any = Lazily("timm")
 
 State = dict[str, Tensor]
 
@@ -152,8 +155,7 @@ def test_positions_that_run_out() -> None:
 
 # --- ResNet38 --------------------------------------------------------------------------------------------------
 
-with torch.device("meta"):
-    NAMES = list(resnet38().state_dict())
+NAMES = list(META.state_dict())
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,13 @@ import io
 from collections.abc import Callable
 
 import pytest
-import timm
 import torch
 from torch import nn
 
 from pixelss.backbones.norms import freeze_norm
+from tests.lazily import Lazily
+
+timm = Lazily("timm")
 
 SIGNATURES = {
     "freeze_norm": "(module)",

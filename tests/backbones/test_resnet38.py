@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ def oracle(w: dict[str, Tensor], x: Tensor, *, training: bool = False) -> list[T
 STEM = {"conv1a", "b2", "b2_1", "b2_2"}
 
 
-with torch.device("meta"):
+with torch.device("meta"), patch("torch.nn.init.kaiming_normal_"), patch("torch.nn.init.kaiming_uniform_"):
+    # To pretend draws there takes a second
     META = resnet38().eval()
 
 

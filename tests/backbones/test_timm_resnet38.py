@@ -6,14 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import nn
 
-import pixelss.backbones.timm_resnet38  # noqa: F401
 from pixelss.backbones.any_timm import timm_backbone
 from pixelss.backbones.checkpoints import load_resnet38
 from pixelss.backbones.resnet38 import ResNet38
+from tests.lazily import Lazily
+
+timm: Any = Lazily("timm")
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    import pixelss.backbones.timm_resnet38  # noqa: F401
 
 
 def create(**kwargs: Any) -> Any:

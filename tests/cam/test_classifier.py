@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from itertools import pairwise
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
 from pixelss import CAMOutput, EMATeacher, classifier_cam, multi_scale_forward
+from tests.lazily import Lazily
 from tests.oracles import data_parallel_replica
+
+timm: Any = Lazily("timm")
 
 SIGNATURES = {"classifier_cam": "(model, *, features=None, classifier=None)"}
 BLOCKS = {"classifier_cam": "a network of the user's, which keeps what it promises"}
@@ -355,7 +358,7 @@ class Plain(nn.Module):
             "the plain network, but is a DataParallel: wrap",
         ),
         (
-            torch.compile(Plain(), backend="eager"),
+            lambda: torch.compile(Plain(), backend="eager"),  # whose import takes a second
             "stem",
             "fc",
             TypeError,
@@ -366,6 +369,7 @@ class Plain(nn.Module):
     ],
 )
 def test_refusals(model: Any, features: Any, classifier: Any, error: type[Exception], message: str) -> None:
+    model = model() if inspect.isfunction(model) else model
     with pytest.raises(error, match=message):
         classifier_cam(model, features=features, classifier=classifier)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import nn
 
 from pixelss import classifier_cam
 from pixelss.cam.trial import find_plan
+from tests.lazily import Lazily
+
+timm: Any = Lazily("timm")
 
 
 class Shared(nn.Module):

@@ -12,9 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed import fsdp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from pixelss.targets.teacher import EMATeacher
@@ -489,10 +486,15 @@ def test_a_scripted_part_is_refused_by_name() -> None:
 
 def check_sharded(rank: int) -> list[Tensor]:
     """A sharded student's teacher against a whole one's, by FSDP2 and by tensor parallelism; and the refusals."""
+    # Whose import takes a second
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
     mesh = init_device_mesh("cpu", (2,))
 
     def sharded_data_parallel(network: nn.Module) -> None:
-        fsdp.fully_shard(network, mesh=mesh)
+        fully_shard(network, mesh=mesh)
 
     def tensor_parallel(network: nn.Module) -> None:
         parallelize_module(network, mesh, {"0": ColwiseParallel()})
@@ -522,7 +524,7 @@ def check_sharded(rank: int) -> list[Tensor]:
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="needs a torch with fully_shard (2.6)")
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="needs a torch with fully_shard (2.6)")
 def test_sharded_alike() -> None:
     for rank, (sharded, whole, parallel, same) in enumerate(run_processes(check_sharded, 2)):
         torch.testing.assert_close(sharded, whole)
