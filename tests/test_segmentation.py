@@ -277,7 +277,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("size", [(40, 60), (120, 90), (16, 1000)], ids=str)
+@pytest.mark.parametrize("size", [(40, 60), (72, 56), (16, 400)], ids=str)
 def test_memory_does_not_grow_with_the_image(size):
     model, images = Network(5, stride=4).float(), torch.zeros(1, 3, *size)
     with Largest(apart=(1, 5, *size)) as largest:

@@ -94,12 +94,13 @@ def model() -> ResNet38:
 def test_stages_are_those_of_the_oracle(model: ResNet38) -> None:
     x = torch.randn(2, 3, 17, 23)
     expected = oracle(model.state_dict(), x)
-    for stage, reference in zip(model.forward_stages(x), expected, strict=True):
+    stages = model.forward_stages(x)
+    for stage, reference in zip(stages, expected, strict=True):
         assert reference.std() > 0.1
         torch.testing.assert_close(stage, reference, rtol=1e-4, atol=1e-4 * reference.max().item())
-    for tap, stage in zip(model.forward_taps(x), model.forward_stages(x)[2:], strict=True):
+    for tap, stage in zip(model.forward_taps(x), stages[2:], strict=True):
         assert torch.equal(tap, stage)
-    assert torch.equal(model(x), model.forward_stages(x)[-1])
+    assert torch.equal(model(x), stages[-1])
 
 
 @torch.no_grad()
