@@ -358,6 +358,7 @@ def test_an_empty_batch_passes_inference():
     assert multi_scale_inference(Network(stride=2), noise(0, 3, 9, 7), tile=4).shape == (0, 4, 9, 7)
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_compiled_inference_equals_eager(device):
     torch.compiler.reset()
     head, images = nn.Conv2d(3, 2, 3, stride=2, padding=1).to(device), torch.rand(1, 3, 9, 7, device=device)
@@ -495,6 +496,7 @@ def test_head_in_half_precision_gives_float32_logits(half, norm, device):
     torch.testing.assert_close(logits, head.float()(x.float()), atol=1e-2, rtol=0.05)
 
 
+@pytest.mark.slow  # .ci/run runs it
 @both
 def test_compiled_head_equals_eager(norm, device):
     torch.compiler.reset()

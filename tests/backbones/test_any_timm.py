@@ -108,6 +108,7 @@ def test_no_weights_lie_idle() -> None:
         assert all("cls_token" in n for n in idle), name
 
 
+@pytest.mark.slow  # .ci/run runs it
 @torch.no_grad()
 def test_compiles_in_one_graph() -> None:
     net = timm_backbone("lcnet_050").eval()

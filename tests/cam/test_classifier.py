@@ -461,6 +461,7 @@ def test_training_of_the_cam_leaves_the_statistics_of_the_head() -> None:
     assert model.head.bn.num_batches_tracked.item() == before + 1  # the logits' own pass, nothing else
 
 
+@pytest.mark.slow  # .ci/run runs it
 @pytest.mark.parametrize("kind", ["timm", "parts"])
 @torch.no_grad()
 def test_compiled_equals_eager(kind: str) -> None:

@@ -91,6 +91,7 @@ def test_loss_is_computed_in_float32(half, device):
     torch.testing.assert_close(actual[1], expected[1].to(half))
 
 
+@pytest.mark.slow  # .ci/run runs it
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_loss_equals_eager(dtype, device):
     torch.compiler.reset()

@@ -234,7 +234,7 @@ def test_all_of_them_are_resumed_bit_for_bit(root, whole, tmp_path, monkeypatch)
     config = tiny_config(cam=replace(cam, rcm=0.0, mam=0.0, optimizer=Optimizer(momentum=0.9)))
     unbroken = train_in_pieces(root, tmp_path, monkeypatch, config)
     assert set(ALL) <= set(metrics(unbroken)[-1])
-    for name in ALL:
+    for name in ("erase", "icd", "subcategory"):  # what keeps something; that each is in the loss says test_terms.py
         without = open_run(root, tmp_path / name, replace(config, cam=replace(config.cam, **{name: 0.0})))
         train_until(without, monkeypatch, 3)
         assert metrics(without)[2]["cls"] != metrics(unbroken)[2]["cls"]  # of weights that two steps have changed
