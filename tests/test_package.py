@@ -118,7 +118,7 @@ def test_readme_marks_what_others_fill_and_take():
 
 
 def test_ci_runs_the_slow_tests_of_machine_code():
-    assert 'python -m pytest -m "slow and inductor" tests/test_promises.py' in (ROOT / ".ci" / "run").read_text()
+    assert 'python -m pytest -n auto -m "slow and inductor"' in (ROOT / ".ci" / "run").read_text()
 
 
 def test_readme_and_ci_share_the_test_command():

@@ -137,8 +137,8 @@ odd_sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 scale_factors = st.sampled_from([0.1, 0.3, 0.5, 0.75, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0])
 
 
-@pytest.mark.parametrize(  # but for a hundred tiles of one pixel
-    ("size", "tile"), [pair for pair in product(IMAGES, (1, 5, 6, 9, 1024)) if pair != (IMAGES[-1], 1)], ids=str
+@pytest.mark.parametrize(  # few tiles of one pixel, each of which is a call of the model
+    ("size", "tile"), [*product(IMAGES, (5, 6, 9, 1024)), *product([(1, 1), (1, 23), (4, 3)], [1])], ids=str
 )
 @pytest.mark.parametrize(("stride", "flip"), [(1, False), (2, True), (3, True)])
 def test_inference_equals_the_loop(size, tile, stride, flip, device):
