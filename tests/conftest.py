@@ -132,12 +132,14 @@ def no_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw the weights of eight channels of a layer and repeat them in the others."""
+    """Draw the weights of eight channels of a layer and repeat them in the others, at the scale of them all."""
     import torch
 
     @torch.no_grad()
     def draw(whole: Any, tensor: Any, *arguments: Any, **settings: Any) -> Any:
         whole(tensor[:8], *arguments, **settings)
+        if settings.get("mode") == "fan_out":
+            tensor[:8] *= min(1, 8 / len(tensor)) ** 0.5
         for start in range(8, len(tensor), 8):
             part = tensor[start : start + 8]
             part.copy_(tensor[: len(part)])

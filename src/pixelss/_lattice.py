@@ -193,10 +193,10 @@ def _sums(table: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None 
 
 
 def row_sums(like: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return what sums tensors as large as `like` over their last axis, (..., K) -> (..., 1)."""
+    """Return a function that sums tensors as large as `like` over their last axis, (P, S, K) -> (P, S, 1)."""
     *rows, K = like.shape
     entries = like.view(-1, 1)
-    if K > _FEW or not _by_products(entries):
+    if K > _FEW or rows[1] > 1 or not _by_products(entries):  # of several label sets the matrix is large
         return partial(torch.sum, dim=-1, keepdim=True)
     index = torch.arange(len(entries), dtype=narrow(len(entries) + 1), device=like.device)
     offsets, ones = _offsets(index.view(-1, K)), torch.ones_like(index, dtype=like.dtype)

@@ -156,6 +156,15 @@ def test_messages_whose_exponentials_overflow(K):
     torch.testing.assert_close(q.sum(1), torch.ones_like(q[:, 0]))
 
 
+@pytest.mark.parametrize("size", [(7, 1, 3), (7, 2, 3), (7, 1, 9)])
+def test_one_pixel_s_exponentials_overflow(size):
+    logits = torch.rand(size)
+    logits[4, 0, 1] = 200
+    softmax = crf._Softmax(logits)
+    for x in (logits.clamp(max=1), logits, logits):
+        torch.testing.assert_close(softmax(x.clone), x.softmax(-1))
+
+
 @classes
 def test_what_is_kept_from_one_call_serves_the_next(K):
     images, probs = make(K=K, H=4, W=7, dtype=torch.float32)

@@ -80,6 +80,26 @@ def test_under_autocast_the_product_alone_is_float32() -> None:
         torch.testing.assert_close(gradient.float(), expected, rtol=0.03, atol=0.03)
 
 
+def test_a_batch_of_none_and_settings_that_are_no_pairs() -> None:
+    conv = nn.Conv2d(3, 3, 5, padding=2, groups=3, bias=False)
+    with FastDepthwise():
+        conv(torch.rand(0, 3, 8, 8)).sum().backward()
+    assert not conv.weight.grad.any()
+    image = torch.rand(2, 3, 8, 8, requires_grad=True)
+    with FastDepthwise():
+        found = torch.nn.functional.conv2d(image, conv.weight, None, 1, 2, 1, 3)
+        gradients = torch.autograd.grad((found**2).sum(), (image, conv.weight))
+    torch.testing.assert_close([found, *gradients], results(conv, image))
+
+
+def test_gradients_under_autocast_are_float32_too() -> None:
+    conv = nn.Conv2d(3, 3, 5, padding=4, dilation=2, groups=3, bias=False)
+    image = torch.rand(2, 3, 9, 9, requires_grad=True)
+    expected = results(conv, image)
+    with torch.autocast("cpu", torch.bfloat16), FastDepthwise():
+        torch.testing.assert_close(results(conv, image), expected)
+
+
 def test_an_image_without_a_batch() -> None:
     conv = nn.Conv2d(3, 3, 3, padding=2, dilation=2, groups=3, bias=False)
     image = torch.rand(3, 8, 8, requires_grad=True)

@@ -79,7 +79,7 @@ def test_a_process_that_does_not_come_is_named(others, capsys):
 def test_a_process_that_ends_while_the_others_come_is_named(last, others):
     store = HashStore()
     store.add("alive/1", 7)  # says no more
-    there = others.submit(meet, store, 2, 3, limit=60, silence=1) if last == "comes" else None
+    there = others.submit(meet, store, 2, 3, limit=60, silence=2) if last == "comes" else None
     begun = time.monotonic()
     with pytest.raises(RuntimeError, match=r"^Process 1 ended before all had come"):
         meet(store, 0, 3, limit=60, silence=1)

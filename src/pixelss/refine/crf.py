@@ -15,8 +15,6 @@ from pixelss._dtype import promote
 from pixelss._graphs import outside_graphs
 from pixelss._lattice import PermutohedralLattice, filtered, joined, row_sums
 
-Softmax = Callable[[Callable[[], Tensor]], Tensor]  # of logits that can be computed again
-
 _CLIP = 1e-5
 _KEPT_PIXELS = 1 << 19  # of the largest image whose lattice of positions is kept
 
@@ -180,7 +178,7 @@ def _mean_field(p: Tensor, lattice: PermutohedralLattice | None, iterations: int
     if p.shape[1] == 2:
         return _of_two_classes(p, lattice, iterations)
     q, log_p = (x.permute(2, 0, 1).contiguous() for x in (q, p.log()))  # (P, S, K)
-    softmax = _softmax_of_rows(q)
+    softmax = _Softmax(q)
     for _ in range(iterations):
         q = _Step.apply(q, log_p, lattice, softmax)
     return q.flatten(1).mT.contiguous().view_as(p)  # a third of the time of permuting three axes
@@ -200,7 +198,7 @@ class _Step(torch.autograd.Function):
     """One step of mean field, Q (P, S, K) -> softmax(log p + what the kernels make of Q)."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, log_p: Tensor, lattice: PermutohedralLattice, softmax: Softmax) -> Tensor:
+    def forward(ctx: Any, q: Tensor, log_p: Tensor, lattice: PermutohedralLattice, softmax: _Softmax) -> Tensor:
         q = softmax(lambda: filtered(lattice, q.flatten(1)).view_as(q).add_(log_p))
         ctx.lattice = lattice
         ctx.save_for_backward(q)
@@ -213,18 +211,25 @@ class _Step(torch.autograd.Function):
         return filtered(ctx.lattice, of_log_p.flatten(1), reverse=True).view_as(q), of_log_p, None, None
 
 
-def _softmax_of_rows(like: Tensor) -> Softmax:
-    """Return the softmax over the last axis of what is as large as `like`: torch's takes long where that is short."""
-    if like.device.type != "cpu":
-        return lambda logits: logits().softmax(-1)
-    totals = row_sums(like)
+class _Softmax:
+    """Softmax over the last axis of logits of one size; on a CPU without their maximum, until that overflows.
 
-    def softmax(logits: Callable[[], Tensor]) -> Tensor:
-        p = logits().exp_()
-        total = totals(p)  # not 0: of each pixel one is at least log(_CLIP), for messages are no less than 0
-        return p.div_(total) if total.max() < torch.inf else logits().softmax(-1)
+    There torch's takes long where the axis is short, and the search for a maximum as long as the exponentials.
+    """
 
-    return softmax
+    def __init__(self, like: Tensor) -> None:
+        self.plain = like.device.type == "cpu"
+        self.sums = row_sums(like)
+
+    def __call__(self, logits: Callable[[], Tensor]) -> Tensor:
+        """Return the softmax of what `logits` computes, perhaps twice."""
+        if self.plain:
+            p = logits().exp_()
+            total = self.sums(p)  # not 0: of each pixel one is at least log(_CLIP), for messages are no less than 0
+            if total.max() < torch.inf:
+                return p.div_(total)
+            self.plain = False  # the next steps' would overflow too
+        return logits().softmax(-1)
 
 
 def _positions(H: int, W: int, like: Tensor) -> Tensor:
