@@ -54,7 +54,7 @@ BLOCKS = {name: block for name, block in blocks().items() if name not in WRAPPER
 LOSSES = [name for name in BLOCKS if run_once(name)[0].ndim == 0]
 ORACLES = [name for name, block in BLOCKS.items() if block.oracle]
 FIXED_SHAPE = [name for name, block in BLOCKS.items() if "no wait" not in block.but]
-OF_A_STEP = [name for name, block in BLOCKS.items() if name in LOSSES or block.inductor or block.compiled_by]
+LOCALLY = [name for name, block in BLOCKS.items() if name in LOSSES or block.inductor or block.compiled_by]
 
 
 def every_block(
@@ -201,7 +201,7 @@ def test_gradcheck(name, monkeypatch):
 # Compiled, and in any precision
 
 
-@every_block("compile", among=OF_A_STEP)
+@every_block("compile", among=LOCALLY)
 def test_compiled_equals_eager(name, device):
     if other := BLOCKS[name].compiled_by:
         assert other.split()[0] == name.split()[0]
@@ -211,7 +211,7 @@ def test_compiled_equals_eager(name, device):
         check_compiled(name, "aot_eager" if BLOCKS[name].inductor else "eager", device)
 
 
-@pytest.mark.slow  # what no training step compiles too, and all with their backward passes: four times the time above
+@pytest.mark.slow  # the other blocks too, with their backward passes: four times the time above
 @pytest.mark.parametrize(
     "name",
     [name for name, block in BLOCKS.items() if not (block.inductor or block.compiled_by or "compile" in block.but)],
