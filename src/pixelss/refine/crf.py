@@ -68,7 +68,7 @@ def dense_crf(
     _check_settings(iterations, gaussian, bilateral)
     probs = promote(probs)
     if probs.numel():
-        ends = torch.stack(probs.detach().aminmax())  # either keeps a NaN
+        ends = torch.stack([probs.detach().amin(), probs.detach().amax()])  # either keeps a NaN
         if outside_unit(ends).any():
             span = f"{ends[0].item():.4g} to {ends[1].item():.4g}"
             raise ValueError(f"probs must lie in [0, 1], but ranges from {span}. Logits? Take their softmax(dim=1).")
