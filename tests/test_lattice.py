@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pixelss import PermutohedralLattice
-from pixelss._lattice import _has_products, _places, _sorted
+from pixelss._lattice import _places, _sorted
+from pixelss._sums import _has_products
 from tests.blocks import Block
 from tests.strategies import Batch
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
-from functools import lru_cache, partial
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from pixelss._checks import check_tensor
 from pixelss._dtype import promote
 from pixelss._graphs import outside_graphs
 from pixelss._pieces import launches_cost
 from pixelss._simplices import corner_keys, enclosing_simplex, narrow, simplex_keys, strides_of_keys
+from pixelss._sums import offsets_of, sums
 
 _PART = 64  # points that are summed one after the other
-_FEW = 8  # columns whose sum takes torch longer than a product
 
 
 class PermutohedralLattice:
@@ -87,7 +84,7 @@ class PermutohedralLattice:
         corner_cells = torch.empty_like(cell).index_copy_(0, pairs, cell).to(index).view_as(keys).mT.contiguous()
         self.slice_cells = corner_cells.index_select(0, torch.empty_like(order).index_copy_(0, order, simplex))
         self.slice_weights = weights.mT.contiguous().div_(1 + 2.0**-d)  # (P, d + 1)
-        self.slice_offsets = _offsets(self.slice_cells)
+        self.slice_offsets = offsets_of(self.slice_cells)
         self.blur_cells = [_neighbours(cells, shift, index) for shift in shifts]  # d + 1 of (M + 1, 3)
 
     def filter(self, values: Tensor) -> Tensor:
@@ -127,7 +124,7 @@ def joined(lattices: Sequence[PermutohedralLattice]) -> PermutohedralLattice:
     cells = [one.slice_cells + n if n else one.slice_cells for one, n in zip(lattices, before, strict=True)]
     lattice.slice_cells = torch.cat(cells, dim=1).to(index)
     lattice.slice_weights = torch.cat([one.slice_weights for one in lattices], dim=1)
-    lattice.slice_offsets = _offsets(lattice.slice_cells)
+    lattice.slice_offsets = offsets_of(lattice.slice_cells)
     # Those of most axes are first, so that the other axes blur the first rows of the table alone.
     axes = zip_longest(*(one.blur_cells for one in lattices))
     lattice.blur_cells = [
@@ -155,16 +152,16 @@ def _blurred(lattice: PermutohedralLattice, values: Tensor, reverse: bool) -> Te
     weights = lattice.splat_weights.to(values.dtype)
     if lattice.parts:
         of_parts, offsets = lattice.parts
-        parts = _sums(values.contiguous(), lattice.splat_points, offsets, weights)
-        table = _sums(parts, torch.arange(len(parts), dtype=of_parts.dtype, device=parts.device), of_parts)
+        parts = sums(values.contiguous(), lattice.splat_points, offsets, weights)
+        table = sums(parts, torch.arange(len(parts), dtype=of_parts.dtype, device=parts.device), of_parts)
     else:
-        table = _sums(values.contiguous(), lattice.splat_points, lattice.cell_offsets, weights)
+        table = sums(values.contiguous(), lattice.splat_points, lattice.cell_offsets, weights)
     weights = values.new_full((len(table), 3), 0.5)
     weights[:, 0] = 1
-    offsets = _offsets(lattice.blur_cells[0])  # no later axis has more cells
+    offsets = offsets_of(lattice.blur_cells[0])  # no later axis has more cells
     for cells in reversed(lattice.blur_cells) if reverse else lattice.blur_cells:
         n = len(cells)
-        blurred = _sums(table[:n], cells.view(-1), offsets[: n + 1], weights[:n].view(-1))
+        blurred = sums(table[:n], cells.view(-1), offsets[: n + 1], weights[:n].view(-1))
         if n == len(table):
             table = blurred
         else:
@@ -175,49 +172,7 @@ def _blurred(lattice: PermutohedralLattice, values: Tensor, reverse: bool) -> Te
 def _read(lattice: PermutohedralLattice, table: Tensor) -> Tensor:
     """Return what the points read from the table, (P, C)."""
     weights = lattice.slice_weights.to(table.dtype)
-    return _sums(table, lattice.slice_cells.view(-1), lattice.slice_offsets, weights.view(-1))
-
-
-def _offsets(rows: Tensor) -> Tensor:
-    """Return where each of the rows begins when they are flat, and where the last ends."""
-    return torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=rows.dtype, device=rows.device)
-
-
-def _sums(table: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the sum of weight * row of the table (N, C) over each run of the index, (len(offsets) - 1, C)."""
-    if weights is not None and _by_products(table):
-        size = (len(offsets) - 1, len(table))
-        matrix = torch.sparse_csr_tensor(offsets, index, weights, size, device=table.device)
-        return torch.mv(matrix, table[:, 0])[:, None]
-    return embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
-
-
-def row_sums(like: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a function that sums tensors as large as `like` over their last axis, (P, S, K) -> (P, S, 1)."""
-    *rows, K = like.shape
-    entries = like.view(-1, 1)
-    if K > _FEW or rows[1] > 1 or not _by_products(entries):  # of several label sets the matrix is large
-        return partial(torch.sum, dim=-1, keepdim=True)
-    index = torch.arange(len(entries), dtype=narrow(len(entries) + 1), device=like.device)
-    offsets, ones = _offsets(index.view(-1, K)), torch.ones_like(index, dtype=like.dtype)
-    return lambda x: _sums(x.view(-1, 1), index, offsets, ones).view(*rows, 1)
-
-
-def _by_products(table: Tensor) -> bool:
-    """Return whether sums are products of a sparse matrix and a vector, which take a third of an embedding's time."""
-    return table.shape[1] == 1 and table.device.type == "cpu" and _has_products()
-
-
-@lru_cache(maxsize=1)
-def _has_products() -> bool:
-    """Return whether this torch can multiply sparse matrices, which needs MKL; its warning of a beta is dropped."""
-    one = torch.ones(1, device="cpu")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return bool(torch.mv(torch.sparse_csr_tensor([0, 1], [0], one, device=one.device), one) == 1)
-        except RuntimeError:
-            return False
+    return sums(table, lattice.slice_cells.view(-1), lattice.slice_offsets, weights.view(-1))
 
 
 def _group(keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pixelss import DenseCRF, PermutohedralLattice, _lattice, background_score, dense_crf
+from pixelss import DenseCRF, PermutohedralLattice, _sums, background_score, dense_crf
 from pixelss.refine import crf
 from tests.blocks import Block
 from tests.test_lattice import slow_lattice
@@ -206,7 +206,7 @@ def test_probabilities_sum_to_one_at_any_precision_of_products():
 def test_a_torch_without_sparse_products_gives_the_same(K, monkeypatch):
     images, probs = make(B=2, K=K, H=20, W=30)
     expected = dense_crf(images, probs)
-    monkeypatch.setattr("pixelss._lattice._has_products", lambda: False)
+    monkeypatch.setattr("pixelss._sums._has_products", lambda: False)
     monkeypatch.setattr("torch.sparse_csr_tensor", None)
     torch.testing.assert_close(dense_crf(images, probs), expected)
 
@@ -225,7 +225,7 @@ def test_both_kernels_are_summed_by_parts_as_on_a_gpu(K, monkeypatch):
 def test_another_default_device_does_not_matter(K):
     images, probs = torch.randint(0, 256, (1, 3, 6, 7), dtype=torch.uint8), torch.rand(1, K, 6, 7)
     expected = dense_crf(images, probs)
-    _lattice._has_products.cache_clear()
+    _sums._has_products.cache_clear()
     crf._kept_smoothness.cache_clear()
     with torch.device("meta"):
         assert torch.equal(dense_crf(images, probs), expected)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pixelss._checks import check_images, check_integer, check_nonnegative, check_positive, check_tensor, outside_unit
 from pixelss._dtype import promote
 from pixelss._graphs import outside_graphs
-from pixelss._lattice import PermutohedralLattice, filtered, joined, row_sums
+from pixelss._lattice import PermutohedralLattice, filtered, joined
+from pixelss._sums import row_sums
 
 _CLIP = 1e-5
 _KEPT_PIXELS = 1 << 19  # of the largest image whose lattice of positions is kept
