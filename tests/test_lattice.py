@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pixelss import PermutohedralLattice
 from pixelss._lattice import _places, _sorted
-from pixelss._sums import _has_products
 from tests.blocks import Block
 from tests.strategies import Batch
 
@@ -155,20 +154,6 @@ def test_cells_are_summed_by_parts_as_on_a_gpu(monkeypatch):
 def test_places_are_those_of_a_search(cells, shift):
     cells = torch.tensor(sorted(cells))
     assert torch.equal(_places(cells, cells + shift), torch.searchsorted(cells, cells + shift))
-
-
-def test_looking_for_sparse_products_warns_nobody_and_may_fail(monkeypatch):
-    torch.set_warn_always(True)  # else torch warns once a process
-    try:
-        assert _has_products.__wrapped__() == _has_products()
-    finally:
-        torch.set_warn_always(False)
-
-    def refuse(*_):
-        raise RuntimeError("Calling addmv on a sparse CPU tensor requires Linux platform")
-
-    monkeypatch.setattr("torch.mv", refuse)
-    assert not _has_products.__wrapped__()
 
 
 @given(
