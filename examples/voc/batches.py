@@ -24,6 +24,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+_HUES = torch.tensor([0.0, 2.0, 4.0])[:, None, None]  # of red, green and blue, in sixths of the circle
+
 
 class Batch(NamedTuple):
     """This process's share of a step.
@@ -112,18 +114,16 @@ def _grey(levels: Tensor) -> Tensor:
 def _turn_hue(levels: Tensor, shift: float) -> None:
     """Turn the hue of HSV by a share of the circle, a half at most, in place.
 
-    Masks are numbers that are blended, where a choice by booleans takes twice as long.
+    With the lowest channel at 0 and the highest at 1, the hue's distance to red is 1 + G + B - R sixths of the circle,
+    on green's side or on blue's.
     """
     R, G, B = levels
-    top, low = levels.amax(0), levels.amin(0)
-    chroma = top - low
-    divisor = chroma.clamp(min=1e-6)
-    hue = (R - G).div_(divisor).add_(4)  # in sixths of the circle, -1 to 5; here blue is the largest
-    hue.lerp_((B - R).div_(divisor).add_(2), torch.eq(G, top, out=torch.empty_like(G)))
-    hue.lerp_((G - B).div_(divisor), torch.eq(R, top, out=torch.empty_like(R)))
+    low = levels.amin(0)
+    chroma = levels.amax(0).sub_(low)
+    hue = (G + B).sub_(R).sub_(low).add_(chroma).div_(chroma.clamp(min=1e-6)).copysign_(G - B)  # in sixths, -3 to 3
     # A channel is lowest within a sixth of the hue opposite to its own, highest beyond two. Red's opposites lie at 3,
     # 9, -3 and -9: folded at 0 and at 6, the distance to the nearest is left.
-    torch.sub(hue.add_(6 * shift), torch.tensor([0.0, 2.0, 4.0])[:, None, None], out=levels)
+    torch.sub(hue.add_(6 * shift), _HUES, out=levels)
     above = levels.abs_().sub_(6).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
     torch.addcmul(low, above, chroma, out=levels)
 
@@ -154,43 +154,55 @@ class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
     def __len__(self) -> int:
         return len(self.stems)
 
-    def __getitem__(self, position: int) -> tuple[Batch, list[str]] | BadFileError:
-        """Return a batch of one and the complaints about images passed over; an error is returned, not raised.
+    def __getitem__(self, positions: Sequence[int]) -> tuple[Batch, list[str]] | BadFileError:
+        """Return a batch and the complaints about images passed over; an error is returned, not raised.
 
         An exception of a worker process would reach the user as a traceback in a traceback.
         """
+        B, M, crop = len(positions), len(self.map_folders), self.augment.crop
+        images, maps = torch.empty(B, 3, crop, crop), torch.empty(B, M, crop, crop, dtype=torch.uint8)
         skipped: list[str] = []
-        epoch, place = divmod(position, len(self))
+        try:
+            drawn = [self._usable(*each, skipped) for each in zip(positions, images, maps, strict=True)]
+        except BadFileError as error:
+            return error
+        places, tags = zip(*drawn, strict=True)
+        return Batch(images, torch.stack(tags), maps, torch.tensor(places)), skipped
+
+    def _usable(self, position: int, image: Tensor, maps: Tensor, skipped: list[str]) -> tuple[int, Tensor]:
+        """Draw the image of a position or, where it can't be used, the next one; return its place and tags."""
+        epoch, start = divmod(position, len(self))
         order = _order(self.config.seed, epoch, len(self))
         for i in range(len(self)):
-            index = int(order[(place + i) % len(self)])
-            stem = self.stems[index]
+            place = int(order[(start + i) % len(self)])
             try:
-                sample = self.sample(stem, np.random.default_rng((self.config.seed, 1, position)))
-                return sample._replace(places=torch.tensor([index])), skipped
+                rng = np.random.default_rng((self.config.seed, 1, position))
+                return place, self.draw(self.stems[place], rng, image, maps)
             except BadFileError as error:
                 if self.config.data.on_bad_file == "stop":
-                    return BadFileError(f"{error} To pass over such images set data.on_bad_file: skip.")
-                skipped.append(f"skipped the image {stem}: {error}")
-        return BadFileError(f"no image of the training list can be used; {skipped[-1]}")
+                    raise BadFileError(f"{error} To pass over such images set data.on_bad_file: skip.") from None
+                skipped.append(f"skipped the image {self.stems[place]}: {error}")
+        raise BadFileError(f"no image of the training list can be used; {skipped[-1]}")
 
-    def sample(self, stem: str, rng: np.random.Generator) -> Batch:
+    def draw(self, stem: str, rng: np.random.Generator, image: Tensor, maps: Tensor) -> Tensor:
+        """Draw an augmented image into (3, crop, crop) and its masks into (M, crop, crop); return its tags (N,)."""
         with self.data.opened(stem) as picture:
             window = draw_window(rng, (picture.size[1], picture.size[0]), self.augment)
-            pixels = torch.from_numpy(picture.part(window.box, window.size)).permute(2, 0, 1)
+            planes = picture.part(window.box, window.size)
         tags = self.data.tags(stem)
-        levels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        levels = torch.from_numpy(planes.astype(np.float32, order="C"))
         levels = levels.flip(-1) if window.flip else levels
         colour_jitter(levels, rng, self.augment)
         (left, top), (w, h), crop = window.corner, window.size, self.augment.crop
-        images = torch.zeros(1, 3, crop, crop)
-        torch.mul(levels, self.factor, out=images[0, :, top : top + h, left : left + w]).add_(self.offset)
-        canvas = torch.full((1, len(self.map_folders), crop, crop), VOID, dtype=torch.uint8)
-        for i, folder in enumerate(self.map_folders):
+        if (w, h) != (crop, crop):
+            image.zero_()
+            maps.fill_(VOID)
+        torch.mul(levels, self.factor, out=image[:, top : top + h, left : left + w]).add_(self.offset)
+        for canvas, folder in zip(maps, self.map_folders, strict=True):
             mask = Image.fromarray(self.data.mask(stem, folder=folder))
             part = torch.from_numpy(np.array(mask.resize(window.size, Image.Resampling.NEAREST, window.box)))
-            canvas[0, i, top : top + h, left : left + w] = part.flip(-1) if window.flip else part
-        return Batch(images, tags[None], canvas)
+            canvas[top : top + h, left : left + w] = part.flip(-1) if window.flip else part
+        return tags
 
     def batches(self, batch: int, start: int, stop: int, *, pin: bool) -> Iterator[Batch]:
         """Yield this process's share of the steps `start` to `stop`."""
@@ -199,7 +211,7 @@ class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
         shares = [list(share(range(step * batch, (step + 1) * batch))) for step in range(start, stop)]
         workers = self.config.workers
         loader: DataLoader[object] = DataLoader(
-            self, batch_sampler=shares, collate_fn=_collate, num_workers=workers, pin_memory=pin
+            self, batch_size=None, sampler=shares, num_workers=workers, pin_memory=pin
         )
         for item in loader:  # one pass is the whole training: workers start once
             if isinstance(item, BadFileError):
@@ -213,13 +225,3 @@ class Samples(Dataset["tuple[Batch, list[str]] | BadFileError"]):
 @lru_cache(2)  # a batch may span two epochs
 def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, 0, epoch)).permutation(count)
-
-
-def _collate(items: list[tuple[Batch, list[str]] | BadFileError]) -> tuple[Batch, list[str]] | BadFileError:
-    samples = []
-    for item in items:
-        if isinstance(item, BadFileError):
-            return item
-        samples.append(item)
-    joined = Batch(*(torch.cat(parts) for parts in zip(*(batch for batch, _ in samples), strict=True)))
-    return joined, [complaint for _, skipped in samples for complaint in skipped]

@@ -30,7 +30,7 @@ class VOCFolder:
     def __init__(self, root: Path, classes: Sequence[str] | None = None) -> None:
         self.root = root
         self._given = classes
-        self._names: dict[str, set[str]] = {}
+        self._tags: dict[str, Tensor] = {}
 
     @cached_property
     def classes(self) -> list[str]:
@@ -89,10 +89,11 @@ class VOCFolder:
 
     def tags(self, stem: str) -> Tensor:
         """Return the image's tags (N,), float32, from the object names of its annotation."""
-        if stem not in self._names:
-            self._names[stem] = read_names(self.tags_path(stem))
-        source = "data.classes" if self._given is not None else str(self.root / "classes.txt")
-        return multi_hot(self._names[stem], self.classes, str(self.tags_path(stem)), source)
+        if stem not in self._tags:
+            path = self.tags_path(stem)
+            source = "data.classes" if self._given is not None else str(self.root / "classes.txt")
+            self._tags[stem] = multi_hot(read_names(path), self.classes, str(path), source)
+        return self._tags[stem]
 
     def mask(self, stem: str, *, folder: Path | None = None) -> NDArray[np.uint8]:
         """Return a mask (H, W) in 0..N or 255, of the image's size; from `folder`, else the data set's truth."""

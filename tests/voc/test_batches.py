@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batches import Batch, Samples, colour_jitter, draw_window
+from batches import Samples, colour_jitter, draw_window
 from config import Augment, Config, Data
 from data import BadFileError, VOCFolder
 from networks import IMAGENET
@@ -47,16 +47,16 @@ def test_an_epoch_shows_every_image_once(root):
     stems = data.stems("train")
     samples = Samples(data, stems, tiny_config(), Augment(crop=8))
     seen: list[str] = []
-    whole = samples.sample
+    draw = samples.draw
 
-    def sample(stem: str, rng: np.random.Generator) -> Batch:
+    def seen_draw(stem: str, *given: object) -> torch.Tensor:
         seen.append(stem)
-        return whole(stem, rng)
+        return draw(stem, *given)  # type: ignore[arg-type]
 
-    samples.sample = sample  # type: ignore[method-assign]
-    for position in range(3 * len(stems)):
-        batch, _ = samples[position]  # type: ignore[misc]
-        assert batch.places.tolist() == [stems.index(seen[-1])]
+    samples.draw = seen_draw  # type: ignore[method-assign]
+    for position in range(0, 3 * len(stems), 2):
+        batch, _ = samples[[position, position + 1]]  # type: ignore[misc]
+        assert batch.places.tolist() == [stems.index(stem) for stem in seen[-2:]]
     epochs = [seen[i * len(stems) : (i + 1) * len(stems)] for i in range(3)]
     assert all(sorted(epoch) == sorted(stems) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -90,7 +90,7 @@ def test_image_and_map_are_cut_alike(mode, low, high, size):
     mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
     flips = 0
     for position in range(20):
-        images, _, maps, places = samples[position][0]  # type: ignore[index]
+        images, _, maps, places = samples[[position]][0]  # type: ignore[index]
         colours, labels = (images[0] * std + mean) * 255, maps[0, 0]
         inside = labels != 255
         assert torch.equal(images[0].abs().sum(0) > 0, inside)
@@ -103,6 +103,35 @@ def test_image_and_map_are_cut_alike(mode, low, high, size):
         rows = rows[~rows.isnan()]
         flips += int(rows[0] > rows[-1])
     assert 3 <= flips <= 17
+
+
+class LargeWithoutMask(Coordinates):
+    """A large image, whose mask can't be read, and a small one."""
+
+    stems = ("large", "small")
+
+    @contextmanager
+    def opened(self, stem: str) -> Iterator[Picture]:
+        self.y, self.x = np.mgrid[:60, :60] if stem == "large" else np.mgrid[:8, :8]
+        with super().opened(stem) as picture:
+            yield picture
+
+    def mask(self, stem: str, *, folder: Path) -> np.ndarray:
+        if stem == "large":
+            raise BadFileError("no mask")
+        return super().mask(stem, folder=folder)
+
+
+def test_nothing_of_an_image_that_was_passed_over_is_left():
+    data, augment = LargeWithoutMask(0, 0), Augment(crop=24, resize="scale", resize_range=(1.0, 1.0), flip=0)
+    config = tiny_config(data=Data(on_bad_file="skip"))
+    samples = Samples(data, data.stems, config, augment, [Path("maps")])  # type: ignore[arg-type]
+    batch, skipped = samples[[0, 1]]  # type: ignore[misc]
+    assert skipped == ["skipped the image large: no mask"]  # by the position whose turn it was
+    assert batch.places.tolist() == [1, 1]
+    for image, mask in zip(batch.images, batch.maps[:, 0], strict=True):
+        assert (mask != 255).sum() == 64
+        assert torch.equal(image.abs().sum(0) > 0, mask != 255)
 
 
 def test_windows_keep_scale_and_stay_inside():
