@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from itertools import zip_longest
 from typing import Any
 
@@ -106,9 +105,12 @@ def filtered(lattice: PermutohedralLattice, values: Tensor, reverse: bool = Fals
 
 
 def joined(lattices: Sequence[PermutohedralLattice]) -> PermutohedralLattice:
-    """Return the lattice whose filter is the sum of theirs, at one set of points, and takes less time."""
+    """Return the lattice whose filter is the sum of theirs, at one set of points, and takes less time.
+
+    Of several that of most axes becomes it, array by array: what it held is free for the next.
+    """
     lattices = sorted(lattices, key=lambda lattice: len(lattice.blur_cells), reverse=True)
-    lattice = copy(lattices[0])
+    lattice = lattices[0]
     if len(lattices) == 1:
         return lattice
     sizes = [len(one.cell_offsets) - 1 for one in lattices]  # cells, each with its empty one
@@ -121,8 +123,8 @@ def joined(lattices: Sequence[PermutohedralLattice]) -> PermutohedralLattice:
     if of_all:
         of_parts, offsets = (_chain(list(of_each)).to(index) for of_each in zip(*of_all, strict=True))
         lattice.parts = of_parts, offsets
-    cells = [one.slice_cells + n if n else one.slice_cells for one, n in zip(lattices, before, strict=True)]
-    lattice.slice_cells = torch.cat(cells, dim=1).to(index)
+    cells = (one.slice_cells + n if n else one.slice_cells for one, n in zip(lattices, before, strict=True))
+    lattice.slice_cells = torch.cat(list(cells), dim=1).to(index)
     lattice.slice_weights = torch.cat([one.slice_weights for one in lattices], dim=1)
     lattice.slice_offsets = offsets_of(lattice.slice_cells)
     # Those of most axes are first, so that the other axes blur the first rows of the table alone.

@@ -53,11 +53,16 @@ def _nearest_corner(point: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _barycentric_weights(point: Tensor, corner: Tensor) -> Tensor:
-    """Return the weights of the corners of remainder 0 to d: differences of the rests, in the order of their ranks."""
+    """Return the weights of the corners of remainder 0 to d: differences of the rests, in the order of their ranks.
+
+    The points' memory is used for the rests.
+    """
     d = len(point) - 1
-    rests = list((point - corner).div_(d + 1))
+    *rests, spare = *torch.sub(point, corner, out=point).div_(d + 1), torch.empty_like(point[0])
     for i, j in combinations(range(d + 1), 2):  # the higher the rank the lower the rest
-        rests[i], rests[j] = torch.minimum(rests[i], rests[j]), torch.maximum(rests[i], rests[j])
+        torch.minimum(rests[i], rests[j], out=spare)
+        torch.maximum(rests[i], rests[j], out=rests[j])
+        rests[i], spare = spare, rests[i]
     weights = torch.empty_like(point)
     for r in range(d + 1):
         torch.sub(rests[r], rests[r - 1], out=weights[r])

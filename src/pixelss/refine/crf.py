@@ -68,12 +68,6 @@ def dense_crf(
     check_tensor("probs", probs, "BKHW", like=images, hint=hint, B=B, H=H, W=W)
     _check_settings(iterations, gaussian, bilateral)
     probs = promote(probs)
-    if probs.numel():
-        ends = torch.stack([probs.detach().amin(), probs.detach().amax()])  # either keeps a NaN
-        if outside_unit(ends).any():
-            span = f"{ends[0].item():.4g} to {ends[1].item():.4g}"
-            raise ValueError(f"probs must lie in [0, 1], but ranges from {span}. Logits? Take their softmax(dim=1).")
-
     refined: Tensor = _infer(images, probs, iterations, gaussian, bilateral)
     return refined
 
@@ -124,17 +118,25 @@ def _infer(
     gaussian: tuple[float, float] | None,
     bilateral: tuple[float, float, float] | None,
 ) -> Tensor:
-    """Return `dense_crf` of checked arguments."""
+    """Return `dense_crf` of arguments that were checked but for the range of `probs`."""
+    if probs.numel():
+        ends = torch.stack([*probs.detach().aminmax()])  # either keeps a NaN
+        if outside_unit(ends).any():
+            span = f"{ends[0].item():.4g} to {ends[1].item():.4g}"
+            raise ValueError(f"probs must lie in [0, 1], but ranges from {span}. Logits? Take their softmax(dim=1).")
     B, _, H, W = probs.shape
-    p = probs.clamp(_CLIP, 1).flatten(2)  # (B, K, HW)
     smoothness = [_smoothness(H, W, gaussian, probs)] if gaussian else []
     first = [b for b in range(B) if b == 0 or not torch.equal(images[b], images[b - 1])]
     results = []
     for start, stop in pairwise([*first, B]):
         lattice = _lattice(images[start], probs, smoothness, bilateral)
-        results.append(_mean_field(p[start:stop], lattice, iterations))
-        del lattice  # before the next is built
-    return torch.cat(results).view_as(probs) if results else probs
+        p = probs[start:stop].clamp(_CLIP, 1).flatten(2)  # (S, K, HW)
+        results.append(_mean_field(p, lattice, iterations))
+        del lattice, p  # before the next are made
+    if not results:
+        return probs
+    whole = torch.cat(results) if len(results) > 1 else results[0]  # one would be copied
+    return whole.view_as(probs)
 
 
 def _lattice(
@@ -178,7 +180,8 @@ def _mean_field(p: Tensor, lattice: PermutohedralLattice | None, iterations: int
         return q
     if p.shape[1] == 2:
         return _of_two_classes(p, lattice, iterations)
-    q, log_p = (x.permute(2, 0, 1).contiguous() for x in (q, p.log()))  # (P, S, K)
+    log_p = p.log().permute(2, 0, 1).contiguous()  # (P, S, K)
+    q = q.permute(2, 0, 1).contiguous()
     softmax = _Softmax(q)
     for _ in range(iterations):
         q = _Step.apply(q, log_p, lattice, softmax)
