@@ -73,16 +73,19 @@ class PermutohedralLattice:
         keys = corner_keys(corner.index_select(1, one), rank.index_select(1, one), strides, count)  # (d + 1, U)
         del corner, rank, one  # a quarter of what is at hand
         pairs, cell, shared, cells = _group(keys.flatten())  # pairs of a remainder and a simplex, by cell
+        self.slice_weights = weights.mT.contiguous().div_(1 + 2.0**-d)  # (P, d + 1)
+        weights = weights.index_select(1, order)
         entry, ends = _by_cell(sizes, pairs, P)
         index = entry.dtype
-        self.splat_points = order.to(index).repeat(d + 1).index_select(0, entry)  # ((d + 1) P,)
-        self.splat_weights = weights.index_select(1, order).flatten().index_select(0, entry)
+        self.splat_weights = weights.flatten().index_select(0, entry)  # ((d + 1) P,)
+        del weights
+        self.splat_points = order.to(index).repeat(d + 1).index_select(0, entry)
+        del entry
         ends = torch.cat([ends.new_zeros(1), ends[shared.cumsum(0) - 1], ends[-1:]])  # one more cell, empty: row M is 0
         self.cell_offsets = ends
         self.parts = _parts(ends) if launches_cost(features) else None
         corner_cells = torch.empty_like(cell).index_copy_(0, pairs, cell).to(index).view_as(keys).mT.contiguous()
         self.slice_cells = corner_cells.index_select(0, torch.empty_like(order).index_copy_(0, order, simplex))
-        self.slice_weights = weights.mT.contiguous().div_(1 + 2.0**-d)  # (P, d + 1)
         self.slice_offsets = offsets_of(self.slice_cells)
         self.blur_cells = [_neighbours(cells, shift, index) for shift in shifts]  # d + 1 of (M + 1, 3)
 
