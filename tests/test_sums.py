@@ -15,8 +15,6 @@ from pixelss._sums import _has_products, offsets_of, row_sums, sums
 
 runs = st.lists(st.integers(0, 4), max_size=6)  # how many rows each sum has
 indices = st.sampled_from([torch.int32, torch.int64])
-
-
 ways = pytest.mark.parametrize("products", [True, False], ids=["products", "bags"])
 
 
@@ -56,6 +54,17 @@ def test_row_sums_are_those_of_the_last_axis(products, shape):
     like, x = torch.empty(shape), torch.randn(shape)
     with sums_by(products):
         torch.testing.assert_close(row_sums(like)(x), x.sum(-1, keepdim=True))
+
+
+def test_one_column_is_summed_by_products(monkeypatch):
+    with sums_by(True):
+        monkeypatch.setattr(_sums, "embedding_bag", None)
+        index, offsets = torch.tensor([0, 1, 1]), torch.tensor([0, 2, 3])
+        assert sums(torch.tensor([[1.0], [2.0]]), index, offsets, torch.ones(3)).tolist() == [[3], [2]]
+        monkeypatch.setattr(torch, "sum", None)
+        assert row_sums(torch.empty(1, 1, 8))(torch.ones(1, 1, 8)).tolist() == [[[8]]]
+        with pytest.raises(TypeError):
+            row_sums(torch.empty(1, 1, 9))
 
 
 def test_offsets_say_where_rows_begin_and_the_last_ends():

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from config import Data
 from numpy.typing import NDArray
 from pixels import VOID as VOID
@@ -30,7 +31,7 @@ class VOCFolder:
     def __init__(self, root: Path, classes: Sequence[str] | None = None) -> None:
         self.root = root
         self._given = classes
-        self._tags: dict[str, Tensor] = {}
+        self._tags: dict[str, list[float]] = {}  # no tensors: a spawned process would be sent a file each
 
     @cached_property
     def classes(self) -> list[str]:
@@ -92,8 +93,8 @@ class VOCFolder:
         if stem not in self._tags:
             path = self.tags_path(stem)
             source = "data.classes" if self._given is not None else str(self.root / "classes.txt")
-            self._tags[stem] = multi_hot(read_names(path), self.classes, str(path), source)
-        return self._tags[stem]
+            self._tags[stem] = multi_hot(read_names(path), self.classes, str(path), source).tolist()
+        return torch.tensor(self._tags[stem])
 
     def mask(self, stem: str, *, folder: Path | None = None) -> NDArray[np.uint8]:
         """Return a mask (H, W) in 0..N or 255, of the image's size; from `folder`, else the data set's truth."""

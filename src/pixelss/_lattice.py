@@ -73,7 +73,7 @@ class PermutohedralLattice:
         keys = corner_keys(corner.index_select(1, one), rank.index_select(1, one), strides, count)  # (d + 1, U)
         del corner, rank, one  # a quarter of what is at hand
         pairs, cell, shared, cells = _group(keys.flatten())  # pairs of a remainder and a simplex, by cell
-        self.slice_weights = weights.mT.contiguous().div_(1 + 2.0**-d)  # (P, d + 1)
+        self.slice_weights = torch.div(weights.mT, 1 + 2.0**-d, out=weights.new_empty(P, d + 1))
         weights = weights.index_select(1, order)
         entry, ends = _by_cell(sizes, pairs, P)
         index = entry.dtype

@@ -202,6 +202,20 @@ def test_probabilities_sum_to_one_at_any_precision_of_products():
     torch.testing.assert_close(q.sum(1), torch.ones_like(q[:, 0]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_the_result_may_be_written_to_and_viewed(K):
+    images, probs = make(K=K, H=5, W=6)
+    probs = probs.contiguous(memory_format=torch.channels_last)
+    for settings in ({}, {"iterations": 0}):
+        given = probs.clone().requires_grad_()
+        refined = dense_crf(images, given, **settings)
+        refined.mul_(2).view(-1).square().sum().backward()
+        doubled = probs.clone().requires_grad_()
+        (4 * dense_crf(images, doubled, **settings).square()).sum().backward()
+        torch.testing.assert_close(given.grad, doubled.grad)
+        assert dense_crf(images, probs, **settings).is_contiguous()
+
+
 @classes
 def test_a_torch_without_sparse_products_gives_the_same(K, monkeypatch):
     images, probs = make(B=2, K=K, H=20, W=30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,23 @@ def test_batches_depend_on_neither_workers_nor_start(root):
     assert torch.equal(later.images, alone[3].images)
     other = collect(root, tiny_config(seed=1))
     assert not torch.equal(other[0].images, alone[0].images)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux lists them")
+def test_a_process_that_is_spawned_is_sent_no_file_an_image(root):
+    data = VOCFolder(root)
+    samples = Samples(data, data.stems("train"), tiny_config(), tiny_config().cam.augment)
+
+    def files_opened() -> int:
+        before = len([*Path("/proc/self/fd").iterdir()])
+        kept = ForkingPickler.dumps(samples)
+        return len([*Path("/proc/self/fd").iterdir()]) - before if kept else 0
+
+    files_opened()  # the first time a server is started too
+    expected = files_opened()
+    for stem in samples.stems:
+        data.tags(stem)
+    assert files_opened() == expected
 
 
 def test_an_epoch_shows_every_image_once(root):

@@ -120,7 +120,7 @@ def _infer(
 ) -> Tensor:
     """Return `dense_crf` of arguments that were checked but for the range of `probs`."""
     if probs.numel():
-        ends = torch.stack([*probs.detach().aminmax()])  # either keeps a NaN
+        ends = torch.stack(probs.detach().aminmax())  # either keeps a NaN
         if outside_unit(ends).any():
             span = f"{ends[0].item():.4g} to {ends[1].item():.4g}"
             raise ValueError(f"probs must lie in [0, 1], but ranges from {span}. Logits? Take their softmax(dim=1).")
@@ -135,8 +135,8 @@ def _infer(
         del lattice, p  # before the next are made
     if not results:
         return probs
-    whole = torch.cat(results) if len(results) > 1 else results[0]  # one would be copied
-    return whole.view_as(probs)
+    copied = len(results) > 1 or probs.requires_grad  # a caller may write to it, a backward pass needs it as it was
+    return (torch.cat(results) if copied else results[0].contiguous()).view_as(probs)
 
 
 def _lattice(
