@@ -104,14 +104,14 @@ def colour_jitter(levels: Tensor, rng: np.random.Generator, augment: Augment) ->
         elif i == 2:
             torch.lerp(_grey(levels), levels, saturation, out=levels).clamp_(0, 255)
         else:
-            _turn_hue(levels, shift)
+            turn_hue(levels, shift)
 
 
 def _grey(levels: Tensor) -> Tensor:
     return levels[:1].mul(0.299).add_(levels[1:2], alpha=0.587).add_(levels[2:], alpha=0.114)
 
 
-def _turn_hue(levels: Tensor, shift: float) -> None:
+def turn_hue(levels: Tensor, shift: float) -> None:
     """Turn the hue of HSV by a share of the circle, a half at most, in place.
 
     With the lowest channel at 0 and the highest at 1, the hue's distance to red is 1 + G + B - R sixths of the circle,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
@@ -10,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batches import Samples, colour_jitter, draw_window
+from batches import Samples, colour_jitter, draw_window, turn_hue
 from config import Augment, Config, Data
 from data import BadFileError, VOCFolder
+from hypothesis import example, given
+from hypothesis import strategies as st
 from networks import IMAGENET
 from PIL import Image, ImageEnhance
 from pixels import Picture
@@ -224,6 +227,16 @@ def test_colour_jitter_is_pillows_but_for_rounding(amounts):
     for moment in (np.mean, np.std):
         np.testing.assert_allclose(moment(ours, (1, 2)), moment(pillows, (1, 2)), atol=2)  # of every image
         np.testing.assert_allclose(moment(ours, 0), moment(pillows, 0), atol=6)  # of every pixel, over all draws
+
+
+@given(colours=st.lists(st.tuples(*3 * [st.integers(0, 255)]), min_size=1, max_size=9), shift=st.floats(-0.5, 0.5))
+@example(colours=[(0, 0, 0), (9, 9, 9), (255, 0, 0), (200, 200, 7), (7, 200, 200), (200, 7, 200), (3, 9, 3)], shift=0.4)
+def test_hue_is_turned_as_in_hsv(colours, shift):
+    levels = torch.tensor(colours, dtype=torch.float32).T.contiguous()[..., None]
+    turn_hue(levels, shift)
+    for colour, turned in zip(colours, levels[..., 0].T, strict=True):
+        h, s, v = colorsys.rgb_to_hsv(*colour)
+        assert turned.tolist() == pytest.approx(colorsys.hsv_to_rgb((h + shift) % 1, s, v), abs=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
